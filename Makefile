@@ -1,0 +1,107 @@
+# Copyright (c) 2026, The integrity.ima authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# make demo          one host, an emulated kernel, the whole cycle; no root, nothing outside build/
+# make test          lint, sanity, units, integration: everything, stops at the first failure
+# make lint | sanity | units | integration      one of them
+# make units-oldest  the unit tests of modules and module_utils on the oldest target Python that this machine has
+#                    SANITY="--test validate-modules" and UNITS="tests/unit/plugins/module_utils/test_x.py" narrow them
+# make clean         removes .venv and build
+
+PYTHON ?= python3
+SANITY ?=
+UNITS ?=
+# where everything but the virtual environment goes
+BUILD ?= build
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+STAGE := $(abspath $(BUILD))/ansible_collections/integrity/ima
+INSTALLED := $(abspath $(BUILD))/collections
+DEMO := $(abspath $(BUILD))/demo
+# another Python is another environment
+PYVER := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+DEMO_STAMP := $(VENV)/.installed-demo-$(PYVER)
+TEST_STAMP := $(VENV)/.installed-test-$(PYVER)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export ANSIBLE_NOCOWS := 1
+# Settings of the user must change neither the demo nor the tests.
+unexport ANSIBLE_CONFIG PYTHONPATH ANSIBLE_COLLECTIONS_PATH ANSIBLE_ROLES_PATH
+
+title = @printf '\n========== %s ==========\n' "$(1)"
+
+.PHONY: help demo test lint sanity units integration units-oldest stage collection clean
+
+help:
+	@sed -n 's/^# \(make .*\|  .*\)/\1/p' Makefile
+
+$(DEMO_STAMP): requirements/demo.txt tests/tools/venv.sh
+	@tests/tools/venv.sh "$(PYTHON)" $(VENV) requirements/demo.txt
+	@touch $@
+
+$(TEST_STAMP): $(DEMO_STAMP) requirements/test.txt
+	@tests/tools/venv.sh "$(PYTHON)" $(VENV) requirements/test.txt
+	@touch $@
+
+# A copy of the working tree at a path that ansible-test accepts.
+stage:
+	@tests/tools/stage.sh $(STAGE)
+
+# The collection as a user gets it: built, then installed.
+collection: $(DEMO_STAMP) stage
+	@rm -rf $(INSTALLED) $(BUILD)/artifact
+	@$(BIN)/ansible-galaxy collection build $(STAGE) --output-path $(BUILD)/artifact > $(BUILD)/collection.log 2>&1 || { cat $(BUILD)/collection.log; exit 1; }
+	@$(BIN)/ansible-galaxy collection install --offline --collections-path $(INSTALLED) $(BUILD)/artifact/*.tar.gz \
+		>> $(BUILD)/collection.log 2>&1 || { cat $(BUILD)/collection.log; exit 1; }
+
+demo: collection
+	@mkdir -p "$(DEMO)"
+	@ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) ANSIBLE_PYTHON_INTERPRETER=$(BIN)/python \
+		$(BIN)/ansible-playbook -i localhost, -c local integrity.ima.demo -e '{"demo_directory": "$(DEMO)"}'
+
+test:
+	@start=$$SECONDS; \
+	for step in lint sanity units integration; do \
+		$(MAKE) --no-print-directory $$step || { printf '\nFAILED in %s\n' $$step; exit 1; }; \
+	done; \
+	printf '\nPASSED: lint, sanity, units, integration in %d s\n' $$((SECONDS - start))
+
+lint: $(TEST_STAMP) stage
+	$(call title,lint: ruff mypy yamllint ansible-lint)
+	@tests/tools/lint.sh $(VENV) $(STAGE) $(BUILD)/cache
+
+sanity: $(TEST_STAMP) stage
+	$(call title,sanity: ansible-test sanity)
+	@tests/tools/ansible_test.sh $(VENV) $(STAGE) sanity $(SANITY)
+
+units: $(TEST_STAMP) stage
+	$(call title,units: ansible-test units)
+	@tests/tools/ansible_test.sh $(VENV) $(STAGE) units $(UNITS)
+
+units-oldest: $(TEST_STAMP) stage
+	$(call title,units-oldest: ansible-test units on the oldest target Python)
+	@tests/tools/ansible_test.sh $(VENV) $(STAGE) units-oldest $(UNITS)
+
+integration: $(TEST_STAMP) collection
+	$(call title,integration: tests/integration/run.sh)
+	@if [ -x tests/integration/run.sh ]; then \
+		PATH="$(BIN):$$PATH" ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) ANSIBLE_PYTHON_INTERPRETER=$(BIN)/python \
+			tests/integration/run.sh; \
+	elif [ -e tests/integration/run.sh ]; then \
+		echo 'error: tests/integration/run.sh is not executable' >&2; exit 1; \
+	elif [ "$${REQUIRE_ALL:-0}" = 1 ]; then \
+		echo 'error: there is no tests/integration/run.sh' >&2; exit 1; \
+	else \
+		echo 'SKIPPED: there is no tests/integration/run.sh'; \
+	fi
+
+clean:
+	rm -rf $(VENV) $(BUILD) .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/output

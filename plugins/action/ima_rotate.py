@@ -1,0 +1,80 @@
+# Copyright (c) 2026, The integrity.ima authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Runs rounds of the module ima_rotate on the host, and puts what they bring into the store."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible.plugins.action import ActionBase
+
+from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
+from ansible_collections.integrity.ima.plugins.module_utils._fleet import missing
+from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostUnreachable, Rotation
+from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
+
+
+class ActionModule(ActionBase):
+    """The action plugin of ``integrity.ima.ima_rotate``."""
+
+    _supports_check_mode = True
+    _supports_async = False
+    _requires_connection = True
+
+    def run(self, tmp: t.Any = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+        """Rotate the host's list."""
+        super().run(tmp, task_vars)
+        variables = task_vars or {}
+        _validated, args = self.validate_argument_spec(
+            argument_spec={
+                "config": {"type": "path", "default": "/etc/ima/snapshot.conf"},
+                "store": {"type": "str", "required": True},
+                "name": {"type": "str", "default": variables.get("inventory_hostname")},
+                "anchor": {"type": "bool", "default": False},
+                "chunk_bytes": {"type": "int", "default": 4 << 20},
+            }
+        )
+        if not 4096 <= args["chunk_bytes"] <= 16 << 20:
+            return {"failed": True, "reason": "value", "msg": "'chunk_bytes' must be from 4096 to 16777216"}
+
+        def call(one_round: dict[str, t.Any]) -> dict[str, t.Any]:
+            return self._execute_module(
+                module_name="integrity.ima.ima_rotate", module_args=dict(args, _round=one_round), task_vars=variables
+            )
+
+        try:
+            rotation = Rotation(DirectoryStore(args["store"]), args["name"], call, args)
+        except ImaError as error:
+            return _failed(args["name"], error, {})
+        try:
+            if self._task.check_mode:
+                rotation.predict()
+            else:
+                rotation.run()
+        except HostUnreachable as error:
+            return dict(error.raw, claim=missing("unreachable", error.msg))
+        except ImaError as error:
+            return _failed(args["name"], error, rotation.result())
+        finally:
+            self._remove_tmp_path(self._connection._shell.tmpdir)
+        result = rotation.result()
+        if not self._task.diff:
+            del result["diff"]
+        return _faulty(args["name"], result) if result["fault"] else result
+
+
+def _failed(host: str, error: ImaError, result: dict[str, t.Any]) -> dict[str, t.Any]:
+    where = {key: error.details.get(key) for key in ("index", "boot_id")}
+    claim = missing(error.reason, error.msg, **where)
+    return dict(result, **dict(error.result(), failed=True, msg=f"{host}: {error}", claim=claim))
+
+
+def _faulty(host: str, result: dict[str, t.Any]) -> dict[str, t.Any]:
+    """The shards were delivered, but the host's history has a fault: nothing is trimmed, and somebody has to know."""
+    fault = result["fault"]
+    message = f"{host}: delivered, but nothing is deleted in this boot: {fault['message']} (index {fault['index']})"
+    return dict(
+        result, failed=True, reason=fault["reason"], msg=message, index=fault["index"], boot_id=fault["boot_id"]
+    )

@@ -1,0 +1,332 @@
+# Copyright (c) 2026, The integrity.ima authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This file is private to the collection: it may change without notice.
+
+"""What the host's modules do, one function each: lock, cycle, and a result of counts and digests."""
+
+from __future__ import annotations
+
+import collections
+import typing as t
+
+from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, TrimError
+from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import SHA1, read
+from ansible_collections.integrity.ima.plugins.module_utils._protocol import Config, Lock, generation
+from ansible_collections.integrity.ima.plugins.module_utils._securityfs import DELETE_N, EXPORT_ONLY
+from ansible_collections.integrity.ima.plugins.module_utils._shard import Entry, anchor_name
+from ansible_collections.integrity.ima.plugins.module_utils._snapshot import Cycle, Export, as_recorded
+from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
+
+Result = t.Dict[str, t.Any]
+MOST_PENDING = 16  # manifests in one answer
+
+
+def cycle_of(config: Config) -> Cycle:
+    """Return a new cycle over the host that ``config`` describes."""
+    return Cycle(config, config.lists(), Spool(config.spool))
+
+
+def _position(cycle: Cycle) -> Result:
+    """Return counts and digests for a diff: where shards end, and where the kernel's list begins."""
+    head = cycle.spool.head
+    return {
+        "sequence": head.sequence if head else 0,
+        "cut": head.end if head else 0,
+        "base": cycle.spool.journal()["base"],
+        "aggregate_digest": cycle.spool.digest(head) if head else "",
+    }
+
+
+def _diff(before: Result, after: Result) -> Result:
+    return {"before": before, "after": after}
+
+
+def _shard(cycle: Cycle, entry: Entry) -> Result:
+    manifest = cycle.spool.manifest(entry)
+    keys = ("sequence", "boot_id", "first", "count", "size", "sha256", "stored_size", "stored_sha256", "violations")
+    return dict({key: manifest[key] for key in keys}, manifest_sha256=cycle.spool.digest(entry))
+
+
+# -- ima_info -----------------------------------------------------------------------------------------------
+
+
+def info(config: Config) -> Result:
+    """Return what the kernel offers and holds, and how far the shards are behind."""
+    lists = config.lists()
+    files = lists.files
+    seen = lists.count(), lists.violations()
+    holders = [{"pid": holder.pid, "command": holder.command} for holder in files.holders()]
+    result: Result = {
+        "changed": False,
+        "flavour": lists.flavour(),
+        "emulated": files.emulated,
+        "release": files.release(),
+        "boot_id": files.boot_id(),
+        "machine_id": files.machine_id(),
+        "reset_count": files.reset_count(),
+        "banks": lists.banks(),
+        "tpm_banks": files.tpm_banks(),
+        "count": seen[0],
+        "violations": seen[1],
+        "holders": holders,
+        "trim_after": config.trim_after,
+        "name": config.name,
+    }
+    templates: t.Counter[str] = collections.Counter()
+    size = count = 0
+    with lists.view() as file:
+        for record in read(file.read, SHA1):
+            templates[record.template] += 1
+            size += len(record.raw)
+            count += 1
+    result.update(bytes=size, held=count, templates=dict(templates))
+    result.update(_progress(config, count))
+    return result
+
+
+def _progress(config: Config, held: int) -> Result:
+    """Return cut, base and lag; nulls when there is no spool, or when it does not fit the kernel's list."""
+    unknown: Result = {"cut": None, "base": None, "lag": None, "sequence": None, "generation": None, "fault": None}
+    try:
+        cycle = cycle_of(config)
+        if not cycle.spool.check():
+            return dict(unknown, lag=held)
+        with Lock(config, shared=True, create=False):
+            place, new = cycle.predict()
+            head = cycle.spool.head
+            return dict(
+                unknown,
+                cut=place.cut,
+                base=place.base,
+                lag=new,
+                sequence=head.sequence if head else 0,
+                generation=generation(config.spool),
+                fault=cycle.blocked(),
+            )
+    except ImaError as error:
+        return dict(unknown, fault=error.result())
+
+
+# -- ima_export ---------------------------------------------------------------------------------------------
+
+
+def export(config: Config, check: bool) -> Result:
+    """Seal what the kernel holds beyond the cut."""
+    with Lock(config, create=not check):
+        cycle = cycle_of(config)
+        before = _position(cycle)
+        if check:
+            place, new = cycle.predict()
+            after = dict(before, cut=place.cut + new, base=place.base)
+            return {
+                "changed": new > 0,
+                "records": new,
+                "shards": [],
+                "cut": place.cut + new,
+                "base": place.base,
+                "more": False,
+                "notes": [],
+                "diff": _diff(before, after),
+            }
+        done = cycle.export()
+        return dict(_exported(cycle, done), diff=_diff(before, _position(cycle)))
+
+
+def _exported(cycle: Cycle, done: Export) -> Result:
+    return {
+        "changed": done.records > 0,
+        "records": done.records,
+        "cut": done.cut,
+        "base": done.base,
+        "more": done.more,
+        "notes": done.notes,
+        "shards": [_shard(cycle, entry) for entry in done.entries[-MOST_PENDING:]],
+    }
+
+
+# -- ima_aggregate ------------------------------------------------------------------------------------------
+
+
+def aggregate(config: Config, anchor: bool, check: bool) -> Result:
+    """Return the aggregate at the cut; with ``anchor`` have the kernel record its digest."""
+    with Lock(config, shared=not anchor or check, create=anchor and not check):
+        cycle = cycle_of(config)
+        result = dict(cycle.aggregate(), changed=False, anchor=None)
+        if not anchor:
+            return result
+        if check:
+            return dict(result, changed=_anchored(cycle) is None)
+        cycle.spool.recover()
+        made = cycle.anchor()
+        found = {"index": made.index, "sha256": made.sha256, "bound": made.index is not None}
+        return dict(result, anchor=found, changed=made.made)
+
+
+def _anchored(cycle: Cycle) -> int | None:
+    """Return the index of the anchor of this very cut, if the kernel has recorded it."""
+    head = cycle.spool.head
+    if head is None:
+        return None
+    name = anchor_name(cycle.spool.manifest(head), cycle.spool.digest(head))
+    return cycle.find_anchor(name)
+
+
+# -- ima_trim -----------------------------------------------------------------------------------------------
+
+
+def trim(config: Config, to: str, records: int, anchor: int, make_anchor: bool, check: bool) -> Result:
+    """Delete records from the list: to the cut, ``records`` of them, or up to the ``anchor``-th newest anchor."""
+    with Lock(config, create=not check):
+        cycle = cycle_of(config)
+        before = _position(cycle)
+        cycle.require_trimmable()
+        made = _make_anchor(cycle) if make_anchor and not check else None
+        place = cycle.survey(write=not check)
+        target = _target(cycle, place.base, to, records, anchor)
+        if check:
+            count = cycle.trimmable(place.base, target)
+        else:
+            count = cycle.trim(target)
+        after = dict(_position(cycle), base=place.base + count)
+        return {
+            "changed": count > 0 or bool(made),
+            "trimmed": count,
+            "base": place.base + count,
+            "cut": place.cut,
+            "anchor": made,
+            "diff": _diff(dict(before, base=place.base), after),
+        }
+
+
+def _make_anchor(cycle: Cycle) -> Result:
+    """Make an anchor the next record to be left: seal what came before it. One that is there already will do."""
+    if _only_anchor_is_new(cycle):
+        return {}
+    cycle.export()
+    made = cycle.anchor()
+    if made.index is None:
+        raise TrimError(
+            "The kernel did not record the anchor: its policy does not measure the spool's file system",
+            reason="anchor_not_measured",
+            path=cycle.spool.anchors,
+            kept="everything; nothing was deleted",
+            hint="add a rule that measures root's reads there, or trim without making an anchor",
+        )
+    cycle.export(stop=as_recorded(f"{cycle.spool.anchors}/{made.name}"))
+    return {"index": made.index, "sha256": made.sha256, "bound": True}
+
+
+def _target(cycle: Cycle, base: int, to: str, records: int, anchor: int) -> int | None:
+    if to == "cut":
+        return None
+    if (records if to == "records" else anchor) < 1:
+        raise TrimError(f"'{to if to == 'records' else 'anchor'}' must be at least 1", reason="value")
+    if to == "records":
+        return base + records
+    indexes = [index for index in cycle.anchor_indexes() if index > base]
+    if len(indexes) < anchor:
+        raise TrimError(
+            f"The list has {len(indexes)} anchors behind its first record, number {anchor} from the end was asked for",
+            reason="no_anchor",
+            hint="make one (integrity.ima.ima_aggregate with anchor, or make_anchor here)",
+        )
+    return indexes[-anchor]
+
+
+# -- ima_rotate ---------------------------------------------------------------------------------------------
+
+
+def rotate(config: Config, params: Result, check: bool) -> Result:
+    """Do one round of a rotation: take the store's word, trim, export, trim again, give the next bytes to deliver."""
+    with Lock(config, create=not check):
+        cycle = cycle_of(config)
+        before = _position(cycle)
+        if check:
+            place, new = cycle.predict()
+            return {
+                "changed": new > 0, "exported": new, "trimmed": 0, "more": False,
+                "pending": 0, "manifests": [], "chunks": [], "fault": cycle.blocked(), "flavour": cycle.flavour,
+                "trim_after": config.trim_after,
+                "position": _diff(before, dict(before, cut=place.cut + new)),
+            }
+        cycle.spool.recover()
+        acknowledged = _acknowledge(cycle, params["have"])
+        trimmed = _trim_what_may_go(cycle) if cycle.spool.head else 0
+        exported, more = 0, False
+        while params["export"]:
+            done = _export_piece(cycle, params["anchor"])
+            exported, more = exported + done.records, done.more
+            trimmed += _trim_what_may_go(cycle)
+            if not done.more or config.trim_after != "local":
+                break
+        answer = _pending(cycle, params)
+        fault = cycle.blocked()
+        answer.update(
+            changed=bool(acknowledged or trimmed or exported),
+            exported=exported,
+            trimmed=trimmed,
+            more=more,
+            fault=fault,
+            position=_diff(before, _position(cycle)),
+            flavour=cycle.flavour,
+            trim_after=config.trim_after,
+        )
+        return answer
+
+
+def _acknowledge(cycle: Cycle, have: Result | None) -> int:
+    return cycle.acknowledge(have["sequence"], have["manifest"], have["store"], have["verdict"]) if have else 0
+
+
+def _trim_what_may_go(cycle: Cycle) -> int:
+    """Delete what the policy lets go, if this kernel can delete and nothing forbids it."""
+    if cycle.flavour == EXPORT_ONLY or cycle.config.trim_after == "never" or cycle.blocked():
+        return 0
+    head = cycle.spool.head
+    if head is None or head.boot_id != cycle.boot_id:
+        return 0
+    cycle.survey()
+    return cycle.trim()
+
+
+def _export_piece(cycle: Cycle, anchor: bool) -> Export:
+    """Export one piece where the rest can be read after a trim, else everything; the anchor follows the last piece."""
+    pieces = cycle.flavour == DELETE_N and cycle.config.trim_after != "never" and not cycle.blocked()
+    if anchor and _only_anchor_is_new(cycle):
+        place = cycle.survey()
+        return Export([], 0, place.base, place.cut, False, [])
+    done = cycle.export(limit=1 if pieces else None)
+    if not anchor or done.more or not done.records:
+        return done
+    made = cycle.anchor()
+    if made.index is None:
+        return done
+    rest = cycle.export(stop=as_recorded(f"{cycle.spool.anchors}/{made.name}"))
+    return rest._replace(records=done.records + rest.records)
+
+
+def _only_anchor_is_new(cycle: Cycle) -> bool:
+    """Say whether nothing but the anchor of this cut was measured since: then there is nothing to rotate."""
+    if cycle.spool.head is None:
+        return False
+    place, new = cycle.predict()
+    return new == 1 and _anchored(cycle) == place.cut
+
+
+def _pending(cycle: Cycle, params: Result) -> Result:
+    """Return manifests that the store lacks, and as many of their bytes as one answer may have."""
+    have = params["have"]["sequence"] if params["have"] else 0
+    waiting = [entry for entry in cycle.spool.entries if entry.sequence > have]
+    part, room, chunks = params["part"], params["chunk_bytes"], []
+    for entry in waiting[:MOST_PENDING]:
+        size = cycle.spool.manifest(entry)["stored_size"]
+        known = part and part["manifest"] == cycle.spool.digest(entry)
+        offset = min(part["offset"], size) if known else 0
+        chunks.append(cycle.spool.chunk(entry, offset, min(room, size - offset)))
+        room -= min(room, size - offset)
+        if room <= 0:
+            break
+    manifests = [cycle.spool.manifest_bytes(entry).decode("ascii") for entry in waiting[:MOST_PENDING]]
+    return {"pending": len(waiting), "manifests": manifests, "chunks": chunks}

@@ -1,0 +1,203 @@
+# Copyright (c) 2026, The integrity.ima authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This file is private to the collection: it may change without notice.
+
+"""The controller's half of a rotation: rounds of one module call, what they bring put into a store, the claim.
+
+Everything that a host sends is data of an adversary. It is bounded and checked against the schema before it is used.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import typing as t
+
+from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, StoreError
+from ansible_collections.integrity.ima.plugins.module_utils._fleet import claim
+from ansible_collections.integrity.ima.plugins.module_utils._schema import ANSWER, check
+from ansible_collections.integrity.ima.plugins.module_utils._shard import Manifest, digest
+from ansible_collections.integrity.ima.plugins.module_utils._store._base import Head
+from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
+from ansible_collections.integrity.ima.plugins.module_utils._verifier import ATTESTED, CONSISTENT, claims_of, verify
+
+MOST_ROUNDS = 100000
+Answer = t.Dict[str, t.Any]
+Call = t.Callable[[t.Dict[str, t.Any]], Answer]
+
+
+class HostFailed(ImaError):
+    """The module on the host failed; the details are what it said, bounded."""
+
+    default_reason = "host_failed"
+
+
+class HostUnreachable(ImaError):
+    """The connection was lost; ``raw`` is what Ansible said."""
+
+    default_reason = "unreachable"
+
+    def __init__(self, raw: dict[str, t.Any]) -> None:
+        super().__init__(str(raw.get("msg", ""))[:2000])
+        self.raw = raw
+
+
+def answer_of(raw: t.Any) -> Answer:
+    """Return a host's answer, checked. Raises :class:`HostFailed` (it failed) or :class:`StoreError` ``bad_answer``."""
+    if isinstance(raw, dict) and raw.get("unreachable"):
+        raise HostUnreachable(raw)
+    if not isinstance(raw, dict) or raw.get("failed") or "pending" not in raw:
+        raise _failure(raw if isinstance(raw, dict) else {})
+    answer = {key: raw[key] for key in ANSWER["properties"] if key in raw}
+    wrong = check(answer, ANSWER)
+    if wrong:
+        raise StoreError(
+            f"The host's answer is not what the module gives: {wrong}",
+            reason="bad_answer",
+            kept="everything",
+            hint="look at that host: another program answered for the module",
+        )
+    return answer
+
+
+def _failure(raw: dict[str, t.Any]) -> HostFailed:
+    reason, message = raw.get("reason"), raw.get("msg")
+    if not isinstance(message, str):
+        message = "the module gave no message"
+    known = check(reason, {"type": "string", "pattern": "^[a-z0-9_]{1,40}$"}) == ""
+    where = {
+        key: raw[key]
+        for key, schema in (("index", {"$ref": "#/$defs/index"}), ("boot_id", {"$ref": "#/$defs/boot_id"}))
+        if key in raw and not check(raw[key], schema)
+    }
+    return HostFailed(message[:2000], reason=reason if known and isinstance(reason, str) else "host_failed", **where)
+
+
+class Rotation:
+    """One host's rotation into ``store``; ``call`` runs one round on the host and returns its raw answer."""
+
+    def __init__(self, store: DirectoryStore, host: str, call: Call, options: dict[str, t.Any]) -> None:
+        self._store, self._host, self._call, self._options = store, host, call, options
+        self._head: Head | None = store.head(host)
+        self._verdict = ""
+        self._wants_verdict = False
+        self._rounds = 0
+        self.delivered = self.records = self.exported = self.trimmed = 0
+        self.fault: dict[str, t.Any] | None = None
+        self.diff: dict[str, t.Any] = {}
+        self.flavour = ""
+        self.changed = False
+
+    def run(self) -> None:
+        """Run rounds until the host has nothing left to say. Raises :class:`ImaError`."""
+        with self._store.delivering(self._host):
+            self._head = self._store.head(self._host)
+            answer = self._round(export=True)
+            while True:
+                told = self._head.digest if self._head else ""
+                self._take(answer)
+                news = (self._head.digest if self._head else "") != told
+                if not news and not answer["pending"] and not answer["more"]:
+                    if not self._newly_verified():
+                        break
+                elif not news and answer["pending"] and not answer["chunks"]:
+                    raise StoreError("The host has shards to deliver and gives no bytes", reason="bad_answer")
+                answer = self._round(export=answer["more"])
+
+    def predict(self) -> None:
+        """Ask the host what a rotation would do (check mode); nothing is written on either side."""
+        self._round(export=True)
+
+    def _newly_verified(self) -> bool:
+        """Under the policy ``verified`` let the verifier judge once all is here; True: the host should hear of it."""
+        if self._verdict or self._head is None or not self._wants_verdict:
+            return False
+        verdict = verify(self._store, self._host, claims_of(self._store).get(self._host, []))
+        if verdict.verdict not in (ATTESTED, CONSISTENT):
+            raise StoreError(
+                f"All of {self._host} was delivered, but the verifier says {verdict.verdict}: {verdict.message}",
+                reason=verdict.reason or verdict.verdict,
+                kept="everything; nothing was deleted on its word",
+                boot_id=verdict.boot_id,
+                index=verdict.index,
+            )
+        self._verdict = verdict.verdict
+        return True
+
+    def _round(self, *, export: bool) -> Answer:
+        self._rounds += 1
+        if self._rounds > MOST_ROUNDS:
+            raise StoreError(f"{self._host} kept answering for {MOST_ROUNDS} rounds", reason="too_many_rounds")
+        have = None
+        if self._head is not None:
+            have = {
+                "sequence": self._head.manifest["sequence"],
+                "manifest": self._head.digest,
+                "store": self._store.name,
+                "verdict": self._verdict,
+            }
+        unfinished = self._store.unfinished(self._host)
+        part = {"manifest": unfinished[0], "offset": unfinished[1]} if unfinished else None
+        answer = answer_of(self._call({"have": have, "part": part, "export": export}))
+        self.changed = self.changed or answer["changed"]
+        self.exported += answer["exported"]
+        self.trimmed += answer["trimmed"]
+        self.fault, self.flavour = answer["fault"], answer["flavour"]
+        self._wants_verdict = answer["trim_after"] == "verified"
+        position = answer["position"]
+        self.diff = dict(position, before=self.diff.get("before", position["before"]))
+        return answer
+
+    def _take(self, answer: Answer) -> None:
+        """Put what came into the store, shard by shard, in order."""
+        for text, chunk in zip(answer["manifests"], answer["chunks"]):
+            data = text.encode("ascii")
+            manifest = self._store.accept(self._host, data, self._head)
+            if not self._take_chunk(manifest, digest(data), chunk):
+                return
+            self._store.finish(self._host, manifest)
+            self._head = Head(manifest, digest(data))
+            self.delivered += 1
+            self.records += manifest["count"]
+
+    def _take_chunk(self, manifest: Manifest, manifest_digest: str, chunk: dict[str, t.Any]) -> bool:
+        """Take one chunk of a shard; True when the shard is complete."""
+        unfinished = self._store.unfinished(self._host)
+        here = unfinished[1] if unfinished and unfinished[0] == manifest_digest else 0
+        try:
+            data = base64.b64decode(chunk["data"], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise StoreError("A chunk is not base64", reason="bad_answer") from error
+        end = chunk["offset"] + len(data)
+        if chunk["sequence"] != manifest["sequence"] or chunk["offset"] != here or end > manifest["stored_size"]:
+            raise StoreError(
+                f"A chunk of shard {manifest['sequence']} of {self._host} is not the one that comes next",
+                reason="bad_answer",
+                sequence=manifest["sequence"],
+            )
+        if len(data) > self._options["chunk_bytes"] or (not data and end < manifest["stored_size"]):
+            raise StoreError(f"A chunk from {self._host} has {len(data)} bytes", reason="bad_answer")
+        self._store.receive(self._host, manifest_digest, here, data)
+        return bool(end == manifest["stored_size"])
+
+    def claim(self) -> dict[str, t.Any] | None:
+        """Return what the host claims at its cut, for the fleet document; None when it has no shard yet."""
+        return claim(self._head.manifest, self._head.digest, self.records) if self._head else None
+
+    def result(self) -> dict[str, t.Any]:
+        """Return the action's result."""
+        head = self._head
+        return {
+            "changed": self.changed or self.delivered > 0,
+            "exported": self.exported,
+            "trimmed": self.trimmed,
+            "delivered": self.delivered,
+            "rounds": self._rounds,
+            "flavour": self.flavour,
+            "fault": self.fault,
+            "claim": self.claim(),
+            "aggregate_digest": head.digest if head else "",
+            "diff": self.diff,
+        }

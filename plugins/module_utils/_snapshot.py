@@ -1,0 +1,853 @@
+# Copyright (c) 2026, The integrity.ima authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This file is private to the collection: it may change without notice.
+
+"""The cycle on one host: recover, find our place in the kernel's list, export, anchor, acknowledge, trim.
+
+The order "durable, then delete" holds for every flavour, and recovery is the first part of every run. The caller
+holds the lock. Nothing is kept in memory across an error: make a new :class:`Cycle` to go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import time
+import typing as t
+
+from ansible_collections.integrity.ima.plugins.module_utils import _durable
+from ansible_collections.integrity.ima.plugins.module_utils._errors import (
+    HistoryError,
+    ListError,
+    SpoolError,
+    TrimError,
+)
+from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import (
+    SHA1,
+    Record,
+    event_name,
+    file_digest,
+    read,
+)
+from ansible_collections.integrity.ima.plugins.module_utils._pcr import BANKS, Replay, Values, search
+from ansible_collections.integrity.ima.plugins.module_utils._protocol import Config
+from ansible_collections.integrity.ima.plugins.module_utils._securityfs import EXPORT_ONLY, STAGED, File, Lists
+from ansible_collections.integrity.ima.plugins.module_utils._shard import (
+    Entry,
+    Manifest,
+    ShardFile,
+    aggregate_text,
+    anchor_content,
+    anchor_name,
+)
+from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
+
+_BOOT_AGGREGATES = (b"boot_aggregate", b"boot_aggregate_late")
+_READ = 1 << 16
+_ATTEMPTS = 20
+Fault = t.Dict[str, t.Any]
+
+
+def utc_now() -> str:
+    """Return the time as the documents write it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Place(t.NamedTuple):
+    """Where the kernel's list stands in the spool's history.
+
+    ``base``: index of the first record that the kernel still holds; ``cut``: index up to which shards are sealed;
+    ``start``: PCR values there. ``proven``: sealed records were found at the list's head, or the epoch is new.
+    """
+
+    base: int
+    cut: int
+    start: Values
+    padded: list[str]
+    proven: bool
+    faults: list[Fault]
+
+
+class Export(t.NamedTuple):
+    """What an export did: sealed shards, records in them, where the list stands, whether more is waiting."""
+
+    entries: list[Entry]
+    records: int
+    base: int
+    cut: int
+    more: bool
+    notes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """An anchor: its file's digest, and the index at which the kernel recorded it (None: its policy did not)."""
+
+    name: str
+    sha256: str
+    index: int | None
+    made: bool
+
+
+class _Buffered:
+    """A list file read in pieces of one size: the kernel walks the list anew for each read, however small."""
+
+    def __init__(self, file: File) -> None:
+        self._file, self._rest = file, b""
+
+    def read(self, size: int) -> bytes:
+        data = self._rest or self._file.read(_READ)
+        self._rest = data[size:]
+        return data[:size]
+
+    def starts_with(self, pieces: t.Iterable[bytes]) -> bool:
+        """Say whether exactly these bytes come next; afterwards the position is behind them."""
+        for piece in pieces:
+            while piece:
+                data = self.read(len(piece))
+                if not data or not piece.startswith(data):
+                    return False
+                piece = piece[len(data) :]
+        return True
+
+    def rewind(self) -> None:
+        self._file.rewind()
+        self._rest = b""
+
+
+class _Draft:
+    """A shard under its temporary name, with what its manifest will say."""
+
+    def __init__(self, shard: ShardFile, first: int, start: Values, violations: int) -> None:
+        self.shard, self.first, self.start, self.violations = shard, first, start, -violations
+        self.anchors: list[dict[str, t.Any]] = []
+        self.members: dict[str, t.Any] = {}
+
+    def close(self, end: Values, violations: int) -> None:
+        """Make its bytes durable."""
+        start = {pcr: self.start.get(pcr, {bank: "00" * BANKS[bank] for bank in banks}) for pcr, banks in end.items()}
+        self.members = dict(
+            self.shard.close(),
+            first=self.first,
+            pcrs_start=start,
+            pcrs_end=end,
+            violations=self.violations + violations,
+            anchors=self.anchors,
+        )
+
+
+class _Copy(t.NamedTuple):
+    """How far the list was copied: whether to its end, and where the observed PCRs were reached."""
+
+    at_end: bool
+    more: bool
+    reached: int | None
+
+
+class Cycle:
+    """The cycle over one host's lists and spool."""
+
+    def __init__(self, config: Config, lists: Lists, spool: Spool) -> None:
+        self.config, self.lists, self.spool = config, lists, spool
+        self.flavour = lists.flavour()
+        self.boot_id = lists.files.boot_id()
+        self.reset_count = lists.files.reset_count()
+
+    # -- finding our place ------------------------------------------------------------------------------------------
+
+    def locate(self, view: _Buffered, observed: Values | None) -> Place:
+        """Find where the list continues the spool, by content; afterwards ``view`` stands at record ``cut``.
+
+        Raises :class:`HistoryError` with reason ``foreign_trim`` (records are gone that no shard holds),
+        ``ambiguous_base`` or ``empty_list``.
+        """
+        head = self.spool.head
+        if head is None:
+            return self._new_epoch(view, observed, None)
+        if head.boot_id != self.boot_id and not self._carried_over(view, head):
+            return self._new_epoch(view, observed, head)
+        return self._same_epoch(view, observed, head)
+
+    def _hints(self, end: int) -> list[int]:
+        """Bases that the journal knows of, the likeliest first. They are tried, never believed."""
+        journal = self.spool.journal()
+        hints = [journal["base"]] + ([journal["trim"]["target"]] if journal["trim"] else [])
+        known = {entry.boot_id for entry in self.spool.epoch}
+        return list(dict.fromkeys(hint if journal["boot_id"] in known else 0 for hint in hints if hint <= end))
+
+    def _runs(self, view: _Buffered, base: int, end: int) -> bool:
+        view.rewind()
+        return view.starts_with(self.spool.raw_from(base, end))
+
+    def _same_epoch(self, view: _Buffered, observed: Values | None, head: Entry) -> Place:
+        manifest, hints = self.spool.manifest(head), self._hints(head.end)
+        place = Place(head.end, head.end, manifest["pcrs_end"], manifest["padded"], True, [])
+        for base in hints:
+            if base < head.end and self._runs(view, base, head.end):
+                return place._replace(base=base)
+        found = self._search_base(view, place, observed, head.end)
+        if found is not None:
+            self._runs(view, found, head.end)
+            message = (
+                f"somebody else trimmed records {hints[0] if hints else 0} to {found - 1}; all of them are in shards"
+            )
+            return place._replace(base=found, faults=[self._fault("foreign_trim", found, message, lost=False)])
+        # No sealed record is left in the kernel: the list begins at the cut, or records are gone that nobody saved.
+        view.rewind()
+        if head.end not in hints and not self._leads_to(view, place, observed):
+            raise self._foreign_trim(head.end)
+        view.rewind()
+        return place._replace(proven=False)
+
+    def _search_base(self, view: _Buffered, place: Place, observed: Values | None, end: int) -> int | None:
+        """Look for the list's first record everywhere in the epoch's shards."""
+        view.rewind()
+        first = next(read(view.read, SHA1), None)
+        if first is None:
+            return None
+        pieces = self.spool.raw_from(self.spool.epoch[0].first, end)
+        stream = _Pieces(pieces)
+        same = [
+            record.index
+            for record in read(stream.read, SHA1, first_index=self.spool.epoch[0].first, verify=False)
+            if record.raw == first.raw
+        ]
+        found = [base for base in same if self._runs(view, base, end)]
+        if len(found) > 1:
+            proven = [base for base in found if self._runs(view, base, end) and self._leads_to(view, place, observed)]
+            if len(proven) != 1:
+                raise HistoryError(
+                    f"The list could begin at any of the records {found[:10]}: equal records follow each other",
+                    reason="ambiguous_base",
+                    index=found[0],
+                    boot_id=self.boot_id,
+                    kept="everything",
+                    hint="wait until new records were measured, or reboot the host; nothing is deleted meanwhile",
+                )
+            found = proven
+        return found[0] if found else None
+
+    def _leads_to(self, view: _Buffered, place: Place, observed: Values | None) -> bool:
+        """Say whether the rest of the list, replayed from the cut, reaches the TPM's values."""
+        if not observed:
+            return False
+        records = read(view.read, SHA1, first_index=place.cut)
+        return search(records, [], place.start, observed, padded=place.padded).reached_at is not None
+
+    def _carried_over(self, view: _Buffered, head: Entry) -> bool:
+        """Say whether this boot's list begins with the last one's records: a kexec that carried the list over."""
+        before = self.spool.manifest(head)["reset_count"]
+        if None not in (before, self.reset_count) and before != self.reset_count:
+            return False
+        for base in self._hints(head.end):
+            if self._runs(view, base, head.end):
+                # A reboot may measure the same files in the same order; only a kexec puts another boot_aggregate
+                # behind them.
+                records = read(view.read, SHA1, first_index=head.end)
+                starts = [_starts_boot(record) for record in itertools.islice(records, 1)]
+                return (base < head.end or starts == [False]) and any(starts + [_starts_boot(each) for each in records])
+        return False
+
+    def _new_epoch(self, view: _Buffered, observed: Values | None, head: Entry | None) -> Place:
+        """This boot's list from index 0; with a TPM, find the padded banks and whether it begins at zero."""
+        view.rewind()
+        first = next(read(view.read, SHA1), None)
+        self._check_first(first, head)
+        place, faults = Place(0, 0, {}, [], True, []), []
+        if observed:
+            view.rewind()
+            match = search(read(view.read, SHA1), [], {}, observed)
+            place = place._replace(padded=match.padded)
+            if match.reached_at is None and head is not None:
+                continued = self._continued(view, observed, head)
+                if continued:
+                    return continued
+                faults = [
+                    self._fault(
+                        "kexec",
+                        head.end,
+                        "the TPM's PCRs go back before this boot's list, as after a kexec that did not "
+                        f"carry the list over: the records from index {head.end} on are lost",
+                        boot_id=head.boot_id,
+                    )
+                ]
+            elif match.reached_at is None:
+                faults = [self._fault("pcr_mismatch", 0, "the list, replayed from zero, never reaches the TPM's PCRs")]
+        view.rewind()
+        return place._replace(faults=faults)
+
+    def _check_first(self, first: Record | None, head: Entry | None) -> None:
+        if first is None:
+            raise ListError(
+                "The kernel's list is empty, and this boot has no shard: IMA is off, or somebody deleted the records",
+                reason="empty_list",
+                boot_id=self.boot_id,
+                index=0,
+                hint="look at the kernel's command line and at what else trims the list on this host",
+            )
+        if not _starts_boot(first):
+            raise self._foreign_trim(0)
+
+    def _continued(self, view: _Buffered, observed: Values, head: Entry) -> Place | None:
+        """A kexec without carry-over that lost nothing: every record had been trimmed or exported before it."""
+        manifest = self.spool.manifest(head)
+        place = Place(head.end, head.end, manifest["pcrs_end"], manifest["padded"], True, [])
+        view.rewind()
+        if not self._leads_to(view, place, observed):
+            return None
+        view.rewind()
+        return place
+
+    def _fault(self, reason: str, index: int, message: str, *, lost: bool = True, boot_id: str | None = None) -> Fault:
+        return {
+            "reason": reason,
+            "boot_id": boot_id or self.boot_id,
+            "index": index,
+            "lost": lost,
+            "message": message,
+        }
+
+    def _foreign_trim(self, index: int) -> HistoryError:
+        message = f"records from index {index} on left the kernel before any shard held them: somebody else trimmed"
+        return HistoryError(
+            f"The measurement list does not continue what was exported: {message}",
+            reason="foreign_trim",
+            index=index,
+            boot_id=self.boot_id,
+            kept="all shards, and what the kernel still holds",
+            hint="find out what else writes to the list (audit securityfs); the history goes on at the next boot",
+        )
+
+    def observe(self) -> Values | None:
+        """Return the TPM's values of PCR 10 and of the other PCRs seen so far, read twice alike; None without TPM.
+
+        To be read before the list: a record is listed before it is extended, so the list may be ahead, never behind.
+        """
+        files = self.lists.files
+        banks = files.tpm_banks()
+        head = self.spool.head
+        seen = set(self.spool.manifest(head)["pcrs_end"]) if head and head.boot_id == self.boot_id else set()
+        pcrs = sorted(seen | {"10"}, key=int)
+
+        def values() -> Values:
+            found = {pcr: {bank: files.pcr(bank, int(pcr)) for bank in banks} for pcr in pcrs}
+            return {pcr: {bank: value.hex() for bank, value in row.items() if value} for pcr, row in found.items()}
+
+        before = values() if banks else {}
+        for _attempt in range(_ATTEMPTS if banks else 0):
+            after = values()
+            if after == before:
+                return after
+            before = after
+        return None
+
+    # -- export -----------------------------------------------------------------------------------------------------
+
+    def export(self, limit: int | None = None, stop: bytes | None = None) -> Export:
+        """Seal what the kernel holds beyond the cut, in at most ``limit`` shards, up to the record named ``stop``.
+
+        Raises :class:`HistoryError`, ``ListError``, :class:`SpoolError`, ``WriteError``, ``KernelError``.
+        """
+        notes = self.spool.recover()
+        if self.flavour == STAGED and self.config.trim_after != "never" and not self.blocked():
+            notes += self._stage()
+        observed = self.observe()
+        drafts: list[_Draft] = []
+        try:
+            with self.lists.view() as file:
+                view = _Buffered(file)
+                place = self._locate_noting(view, observed)
+                copy = self._copy(view, place, observed, limit, stop, drafts)
+            entries = self._seal(place, copy, drafts, observed)
+        finally:
+            for draft in drafts:
+                draft.shard.discard()
+        cut = entries[-1].end if entries else place.cut
+        self.spool.write_journal(boot_id=self.boot_id, base=place.base, trim=None, seal=None)
+        return Export(entries, sum(entry.count for entry in entries), place.base, cut, copy.more, notes)
+
+    def _stage(self) -> list[str]:
+        """Set the live list aside, unless a dead run already did: that list is exported and deleted first."""
+        with self.lists.reader(staged=True) as file:
+            if file.read(1):
+                return ["found a staged list that an earlier run left"]
+        with self.lists.writer(staged=True) as file:
+            self.lists.stage(file)
+        return []
+
+    def _locate_noting(self, view: _Buffered, observed: Values | None) -> Place:
+        try:
+            return self.locate(view, observed)
+        except HistoryError as error:
+            if error.reason == "foreign_trim":
+                self._note_fault(self._fault("foreign_trim", error.details["index"], error.msg))
+            raise
+
+    def _note_fault(self, fault: Fault) -> None:
+        faults = self.spool.journal()["faults"]
+        if fault not in faults:
+            self.spool.write_journal(faults=(faults + [fault])[:100])
+
+    def _copy(
+        self,
+        view: _Buffered,
+        place: Place,
+        observed: Values | None,
+        limit: int | None,
+        stop: bytes | None,
+        drafts: list[_Draft],
+    ) -> _Copy:
+        """Copy the records from the cut on into ``drafts``, durable under temporary names."""
+        replay = Replay(self._banks(place), place.start, padded=place.padded)
+        watch = _Watch(replay, observed, place.cut)
+        tap = _Tap(read(view.read, SHA1, first_index=place.cut), stop)
+        anchors = self._anchors()
+        steps = replay.steps(tap)
+        while limit is None or len(drafts) < limit:
+            start, violations, draft = replay.values(), replay.violations, None
+            for row in itertools.islice(steps, self.config.shard_records):
+                record = tap.record
+                if draft is None:
+                    draft = _Draft(self.spool.new_shard(self.boot_id), record.index, start, violations)
+                    drafts.append(draft)
+                draft.shard.add(record.raw)
+                watch.see(record, row)
+                if anchors:
+                    draft.anchors += self._recognise(record, anchors)
+            if draft is None:
+                break
+            draft.close(replay.values(), replay.violations)
+        more = not tap.ended and next(tap, None) is not None
+        return _Copy(tap.ended and not tap.stopped, more, watch.reached)
+
+    def _banks(self, place: Place) -> list[str]:
+        """The banks of the epoch; they do not change within it."""
+        known = {bank for banks in place.start.values() for bank in banks} or {*self.lists.banks(), "sha1", "sha256"}
+        return [bank for bank in BANKS if bank in known]
+
+    def _anchors(self) -> dict[bytes, str]:
+        """The anchors that this host made: path, as the kernel records it, and file name."""
+        try:
+            names = os.listdir(self.spool.anchors)
+        except FileNotFoundError:
+            return {}
+        return {
+            as_recorded(os.path.join(self.spool.anchors, name)): name for name in names if name.endswith(".aggregate")
+        }
+
+    def _recognise(self, record: Record, anchors: dict[bytes, str]) -> list[dict[str, t.Any]]:
+        name = anchors.get(event_name(record, SHA1.byte_order))
+        if name is None or record.violation:
+            return []
+        algorithm, digest = file_digest(record, SHA1.byte_order)
+        path = os.path.join(self.spool.anchors, name)
+        if algorithm not in BANKS or _durable.digest_of(path, algorithm) != digest.hex():
+            return []
+        return [{"index": record.index, "sequence": int(name[:8]), "sha256": _durable.digest_of(path)}]
+
+    def _judge(self, place: Place, copy: _Copy, observed: Values | None) -> list[Fault]:
+        """Return the faults for the next manifest. Raises ``foreign_trim`` when the base was a hint and is not true."""
+        head = self.spool.head
+        told = self.spool.manifest(head)["faults"] if head else []
+        faults = [fault for fault in self.spool.journal()["faults"] + place.faults if fault not in told]
+        if not (observed and copy.at_end and copy.reached is None) or any(fault["lost"] for fault in place.faults):
+            return faults
+        if not place.proven:
+            error = self._foreign_trim(place.cut)
+            self._note_fault(self._fault("foreign_trim", place.cut, error.msg))
+            raise error
+        if not self.blocked():
+            message = "the list, replayed from its start, does not reach the TPM's PCRs any more"
+            faults.append(self._fault("pcr_mismatch", place.cut, message))
+        return faults
+
+    def _seal(self, place: Place, copy: _Copy, drafts: list[_Draft], observed: Values | None) -> list[Entry]:
+        faults = self._judge(place, copy, observed)
+        entries: list[Entry] = []
+        for draft in drafts:
+            manifest = self._manifest(draft, place, [] if entries else faults)
+            if draft is drafts[-1] and copy.at_end and observed:
+                manifest["observed"] = {"pcrs": observed, "index": copy.reached}
+            entries.append(self.spool.seal(draft.shard, manifest))
+        if entries:
+            self.spool.write_journal(faults=[])
+        for fault in [] if entries else faults:
+            self._note_fault(fault)
+        return entries
+
+    def _manifest(self, draft: _Draft, place: Place, faults: list[Fault]) -> Manifest:
+        head = self.spool.head
+        files = self.lists.files
+        return dict(
+            draft.members,
+            version=1,
+            machine_id=files.machine_id(),
+            name=self.config.name,
+            boot_id=self.boot_id,
+            reset_count=self.reset_count,
+            release=files.release(),
+            flavour=self.flavour,
+            emulated=files.emulated,
+            sequence=head.sequence + 1 if head else 1,
+            previous=self.spool.digest(head) if head else None,
+            byte_order=SHA1.byte_order,
+            padded=place.padded,
+            observed=None,
+            faults=faults,
+            quote=None,
+            time=utc_now(),
+        )
+
+    def predict(self) -> tuple[Place, int]:
+        """Return our place and the number of records that an export would seal; nothing is written (check mode)."""
+        observed = self.observe() if self.spool.check() else None
+        with self.lists.view() as file:
+            view = _Buffered(file)
+            place = self.locate(view, observed)
+            return place, sum(1 for _record in read(view.read, SHA1, first_index=place.cut))
+
+    # -- anchor -----------------------------------------------------------------------------------------------------
+
+    def anchor(self) -> Anchor:
+        """Have the kernel measure a file that holds the aggregate at the cut, and find its record in the list.
+
+        Running it again at the same cut finds the same anchor. Raises :class:`SpoolError` ``no_shard``.
+        """
+        head = self._head()
+        digest = self.spool.digest(head)
+        manifest = self.spool.manifest(head)
+        content, name = anchor_content(manifest, digest), anchor_name(manifest, digest)
+        path = os.path.join(self.spool.anchors, name)
+        made = _durable.create(path, content)
+        index = None if made else self._find(path)
+        if index is None:
+            self.lists.files.measure(path)
+            index = self._find(path)
+        return Anchor(name, _durable.digest_of(path), index, made)
+
+    def _head(self) -> Entry:
+        head = self.spool.head
+        if head is None:
+            raise SpoolError(
+                f"The spool {self.spool.directory} has no shard yet",
+                reason="no_shard",
+                path=self.spool.directory,
+                hint="export first (integrity.ima.ima_export)",
+            )
+        return head
+
+    def _find(self, path: str) -> int | None:
+        """Return the index of the record of an anchor, which can only stand behind the cut."""
+        anchors = {as_recorded(path): os.path.basename(path)}
+        observed = self.observe()
+        with self.lists.view() as file:
+            view = _Buffered(file)
+            place = self.locate(view, observed)
+            for record in read(view.read, SHA1, first_index=place.cut):
+                if self._recognise(record, anchors):
+                    return record.index
+        return None
+
+    def aggregate(self) -> dict[str, t.Any]:
+        """Return the aggregate at the cut: PCR values, counts, chain head, and the text form of the 2023 proposal."""
+        head = self._head()
+        manifest = self.spool.manifest(head)
+        epoch = [self.spool.manifest(entry) for entry in self.spool.epoch]
+        return {
+            "sequence": head.sequence,
+            "index": head.end,
+            "boot_id": head.boot_id,
+            "machine_id": manifest["machine_id"],
+            "records": sum(entry.count for entry in self.spool.entries),
+            "violations": sum(each["violations"] for each in epoch),
+            "pcrs": manifest["pcrs_end"],
+            "padded": manifest["padded"],
+            "aggregate_digest": self.spool.digest(head),
+            "text": aggregate_text(manifest),
+        }
+
+    # -- acknowledge and trim ---------------------------------------------------------------------------------------
+
+    def acknowledge(self, sequence: int, digest: str, store: str, verdict: str = "") -> int:
+        """Record that ``store`` holds the shards up to ``sequence``, whose manifest has ``digest`` there.
+
+        A manifest commits to all before it, so one digest speaks for the whole chain. Return how many were new.
+        Raises :class:`SpoolError` ``spool_behind_store`` or ``store_diverged``.
+        """
+        entries = [entry for entry in self.spool.entries if entry.sequence <= sequence]
+        head = self.spool.head
+        if not entries or entries[-1].sequence != sequence:
+            raise SpoolError(
+                f"The store holds shard {sequence} of this host, the spool ends at {head.sequence if head else 'none'}",
+                reason="spool_behind_store",
+                sequence=sequence,
+                path=self.spool.directory,
+                kept="both",
+                hint="the spool was emptied or restored from a backup: put back what the store has",
+            )
+        if self.spool.digest(entries[-1]) != digest:
+            raise SpoolError(
+                f"Shard {sequence} in the store is not the one in the spool (manifest {digest} there, "
+                f"{self.spool.digest(entries[-1])} here)",
+                reason="store_diverged",
+                sequence=sequence,
+                path=self.spool.directory,
+                kept="both",
+                hint="two histories claim one name: compare them before anything is removed",
+            )
+        count = 0
+        for entry in reversed(entries):
+            if not self.spool.acknowledge(entry, store, verdict, utc_now()):
+                break
+            count += 1
+        return count
+
+    def blocked(self) -> Fault | None:
+        """Return the fault for which nothing may be deleted in this epoch, if there is one."""
+        epoch = self.spool.epoch
+        boots = {entry.boot_id for entry in epoch} | {self.boot_id}
+        for entry in epoch:
+            for fault in self.spool.manifest(entry)["faults"]:
+                if fault["lost"] and (fault["reason"] != "foreign_trim" or fault["boot_id"] in boots):
+                    return t.cast(Fault, fault)
+        pending = self.spool.journal()["faults"]
+        return next((fault for fault in pending if fault["lost"] and fault["boot_id"] in boots), None)
+
+    def allowed_to(self, base: int) -> int:
+        """Return the index up to which the policy lets records leave the kernel."""
+        limit = base
+        for entry in self.spool.epoch:
+            if entry.end > base:
+                if entry.first > limit or not self.spool.allowed(entry, self.config.trim_after):
+                    break
+                limit = entry.end
+        return limit
+
+    def anchor_indexes(self) -> list[int]:
+        """Return the indexes of the epoch's anchors, the sealed ones and that of this cut, in order."""
+        epoch = self.spool.epoch
+        sealed = [anchor["index"] for entry in epoch for anchor in self.spool.manifest(entry)["anchors"]]
+        open_ones = {
+            self.find_anchor(anchor_name(self.spool.manifest(each), self.spool.digest(each))) for each in epoch[-2:]
+        }
+        return sealed + sorted(index for index in open_ones if index is not None and index not in sealed)
+
+    def find_anchor(self, name: str) -> int | None:
+        """Return the index at which the kernel recorded the anchor of that name, behind the cut."""
+        path = os.path.join(self.spool.anchors, name)
+        return self._find(path) if os.path.exists(path) else None
+
+    def survey(self, write: bool = True) -> Place:
+        """Find our place, and note it in the journal (unless this is check mode); nothing is sealed or deleted."""
+        observed = self.observe()
+        with self.lists.view() as file:
+            place = self._locate_noting(_Buffered(file), observed) if write else self.locate(_Buffered(file), observed)
+        if write:
+            for fault in place.faults:
+                self._note_fault(fault)
+            self.spool.write_journal(boot_id=self.boot_id, base=place.base, trim=None)
+        return place
+
+    def require_trimmable(self) -> None:
+        """Raise :class:`TrimError` ``policy_never``, ``export_only`` or the reason of the fault that forbids it."""
+        fault = self.blocked()
+        if self.config.trim_after == "never":
+            raise TrimError("The policy is trim_after = never", reason="policy_never", path=self.config.path)
+        if self.flavour == EXPORT_ONLY:
+            raise TrimError(
+                "This kernel cannot delete records (before Linux 7.2, or booted with ima_flush_htable and without "
+                "CONFIG_IMA_STAGING)",
+                reason="export_only",
+                hint="nothing to do: exports and verdicts work all the same",
+            )
+        if fault:
+            raise TrimError(
+                f"Nothing is deleted in this boot: {fault['message']}",
+                reason=fault["reason"],
+                index=fault["index"],
+                boot_id=fault["boot_id"],
+                kept="what the kernel and the spool hold",
+                hint="the next boot begins a sound history; this one keeps its fault in its manifests",
+            )
+
+    def trim(self, target: int | None = None) -> int:
+        """Delete the records before index ``target`` (default: all that the policy allows); return how many.
+
+        Only what is sealed, allowed by the policy, and byte-identical in the kernel. Raises :class:`TrimError`,
+        :class:`HistoryError` ``head_changed``, :class:`KernelError`; after ``delete_unknown`` run the cycle again.
+        """
+        self.require_trimmable()
+        base = self.spool.journal()["base"]
+        count = self.trimmable(base, target)
+        if not count:
+            return 0
+        if self.flavour == STAGED and self._staged():
+            return self._trim_staged(base, base + count, exactly=target is not None)
+        if not self.lists.can_delete_n():
+            # Booted with ima_flush_htable: the next export stages the list, and that is deleted as a whole.
+            return self._staged_whole(target is not None, base + count)
+        return self._trim_head(base, base + count)
+
+    def trimmable(self, base: int, target: int | None) -> int:
+        """Return how many records may go. Raises :class:`TrimError` ``not_sealed``, ``not_acknowledged``."""
+        limit = self.allowed_to(base)
+        if target is not None and target > limit:
+            raise self._not_allowed(target, limit)
+        return max(0, (limit if target is None else target) - base)
+
+    def _not_allowed(self, target: int, limit: int) -> TrimError:
+        where, kept = f"Records {limit} to {target - 1} are", "all of them, in the kernel"
+        if target > self._head().end:
+            hint = "export first (integrity.ima.ima_export)"
+            return TrimError(f"{where} not sealed in a shard", reason="not_sealed", index=limit, kept=kept, hint=hint)
+        return TrimError(
+            f"{where} sealed, but what trim_after = {self.config.trim_after} demands has not happened to them",
+            reason="not_acknowledged",
+            index=limit,
+            kept=kept,
+            hint="deliver the shards (integrity.ima.ima_rotate)",
+        )
+
+    def _staged(self) -> bool:
+        with self.lists.reader(staged=True) as file:
+            return bool(file.read(1))
+
+    def _intend(self, base: int, target: int) -> None:
+        self.spool.write_journal(
+            boot_id=self.boot_id,
+            base=base,
+            trim={"base": base, "target": target, "manifest": self.spool.digest(self._head())},
+        )
+
+    def _trim_head(self, base: int, target: int) -> int:
+        """Delete by number. Died before the write: the list is as it was. After it: its head is found by content."""
+        with self.lists.writer() as file:
+            if not self._runs(_Buffered(file), base, target):
+                raise self._head_changed(base)
+            self._intend(base, target)
+            self.lists.delete(file, target - base)
+        self.spool.write_journal(base=target, trim=None)
+        return target - base
+
+    def _trim_staged(self, base: int, limit: int, *, exactly: bool) -> int:
+        """Delete the staged list, if every record of it may go. It cannot grow, so there is no number to get wrong."""
+        with self.lists.writer(staged=True) as file:
+            view = _Buffered(file)
+            sealed = _Pieces(self.spool.raw_from(base, limit))
+            target = base
+            for record in read(view.read, SHA1, first_index=base):
+                if target == limit:
+                    return self._staged_whole(exactly, limit)
+                if sealed.exactly(len(record.raw)) != record.raw:
+                    raise self._head_changed(target)
+                target += 1
+            if exactly and target != limit:
+                return self._staged_whole(exactly, limit)
+            self._intend(base, target)
+            self.lists.delete_staged(file)
+        self.spool.write_journal(base=target, trim=None)
+        return target - base
+
+    @staticmethod
+    def _staged_whole(asked: bool, limit: int) -> int:
+        """The staged list goes as a whole: wait for the rest of it, or refuse what was asked for by number."""
+        if asked:
+            raise TrimError(
+                f"The kernel deletes its staged list only as a whole, and that does not end at index {limit}",
+                reason="staged_whole",
+                index=limit,
+                kept="everything",
+                hint="trim to the cut; numbers and anchors work again when nothing is staged",
+            )
+        return 0
+
+    def _head_changed(self, base: int) -> HistoryError:
+        return HistoryError(
+            f"The list's head is not byte-identical with the sealed records from index {base} on; nothing was deleted",
+            reason="head_changed",
+            index=base,
+            boot_id=self.boot_id,
+            kept="everything",
+            hint="run the export again: it finds out whether somebody else trimmed",
+        )
+
+
+class _Pieces:
+    """An iterator of byte strings as a ``read(size)`` source."""
+
+    def __init__(self, pieces: t.Iterator[bytes]) -> None:
+        self._pieces, self._rest = pieces, b""
+
+    def read(self, size: int) -> bytes:
+        data = self._rest or next(self._pieces, b"")
+        self._rest = data[size:]
+        return data[:size]
+
+    def exactly(self, size: int) -> bytes:
+        """Return ``size`` bytes, or fewer at the end."""
+        data = b""
+        while len(data) < size:
+            piece = self.read(size - len(data))
+            if not piece:
+                break
+            data += piece
+        return data
+
+
+class _Tap:
+    """The records on their way to the replay: remembers the current one, stops before a named one."""
+
+    def __init__(self, records: t.Iterator[Record], stop: bytes | None) -> None:
+        self._records, self._stop = records, stop
+        self.ended = self.stopped = False
+        self.record: Record
+
+    def __iter__(self) -> t.Iterator[Record]:
+        return self
+
+    def __next__(self) -> Record:
+        record = None if self.ended else next(self._records, None)
+        if record is not None and self._stop is not None and event_name(record, SHA1.byte_order) == self._stop:
+            self.stopped, record = True, None
+        if record is None:
+            self.ended = True
+            raise StopIteration
+        self.record = record
+        return record
+
+
+class _Watch:
+    """Looks for the index at which all observed PCR values hold at once."""
+
+    def __init__(self, replay: Replay, observed: Values | None, cut: int) -> None:
+        self._targets = {
+            int(pcr): [
+                (slot, bytes.fromhex(banks[each.bank])) for slot, each in enumerate(replay.slots) if each.bank in banks
+            ]
+            for pcr, banks in (observed or {}).items()
+        }
+        self._replay = replay
+        self.reached: int | None = cut if observed and self._hold() else None
+
+    def _hold(self) -> bool:
+        return all(
+            self._replay.row(pcr)[slot] == value for pcr, wanted in self._targets.items() for slot, value in wanted
+        )
+
+    def see(self, record: Record, row: list[bytes]) -> None:
+        """Look at the values after ``record``."""
+        wanted = self._targets.get(record.pcr)
+        if self.reached is None and wanted and row[wanted[0][0]] == wanted[0][1] and self._hold():
+            self.reached = record.index + 1
+
+
+def _starts_boot(record: Record) -> bool:
+    return event_name(record, SHA1.byte_order) in _BOOT_AGGREGATES
+
+
+def as_recorded(path: str) -> bytes:
+    """Return a path as the kernel writes it into a record (``ima_write_template_field_data``: spaces become ``_``)."""
+    return os.fsencode(path).replace(b" ", b"_")
