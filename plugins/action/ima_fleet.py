@@ -29,7 +29,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: t.Any = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Write the document."""
         super().run(tmp, task_vars)
-        _validated, args = self.validate_argument_spec(
+        _validated, args = t.cast(t.Any, self).validate_argument_spec(
             argument_spec={
                 "store": {"type": "str", "required": True},
                 "hosts": {"type": "list", "elements": "str", "required": True},

@@ -27,7 +27,7 @@ class ActionModule(ActionBase):
         """Rotate the host's list."""
         super().run(tmp, task_vars)
         variables = task_vars or {}
-        _validated, args = self.validate_argument_spec(
+        _validated, args = t.cast(t.Any, self).validate_argument_spec(
             argument_spec={
                 "config": {"type": "path", "default": "/etc/ima/snapshot.conf"},
                 "store": {"type": "str", "required": True},
@@ -40,9 +40,10 @@ class ActionModule(ActionBase):
             return {"failed": True, "reason": "value", "msg": "'chunk_bytes' must be from 4096 to 16777216"}
 
         def call(one_round: dict[str, t.Any]) -> dict[str, t.Any]:
-            return self._execute_module(
+            answer: dict[str, t.Any] = self._execute_module(
                 module_name="integrity.ima.ima_rotate", module_args=dict(args, _round=one_round), task_vars=variables
             )
+            return answer
 
         try:
             rotation = Rotation(DirectoryStore(args["store"]), args["name"], call, args)
@@ -58,7 +59,7 @@ class ActionModule(ActionBase):
         except ImaError as error:
             return _failed(args["name"], error, rotation.result())
         finally:
-            self._remove_tmp_path(self._connection._shell.tmpdir)
+            t.cast(t.Any, self)._remove_tmp_path(self._connection._shell.tmpdir)
         result = rotation.result()
         if not self._task.diff:
             del result["diff"]

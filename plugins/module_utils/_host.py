@@ -114,7 +114,7 @@ def _progress(config: Config, held: int) -> Result:
 
 def export(config: Config, check: bool) -> Result:
     """Seal what the kernel holds beyond the cut."""
-    with Lock(config, create=not check):
+    with Lock(config, shared=check, create=not check):
         cycle = cycle_of(config)
         before = _position(cycle)
         if check:
@@ -178,7 +178,7 @@ def _anchored(cycle: Cycle) -> int | None:
 
 def trim(config: Config, to: str, records: int, anchor: int, make_anchor: bool, check: bool) -> Result:
     """Delete records from the list: to the cut, ``records`` of them, or up to the ``anchor``-th newest anchor."""
-    with Lock(config, create=not check):
+    with Lock(config, shared=check, create=not check):
         cycle = cycle_of(config)
         before = _position(cycle)
         cycle.require_trimmable()
@@ -240,7 +240,7 @@ def _target(cycle: Cycle, base: int, to: str, records: int, anchor: int) -> int 
 
 def rotate(config: Config, params: Result, check: bool) -> Result:
     """Do one round of a rotation: take the store's word, trim, export, trim again, give the next bytes to deliver."""
-    with Lock(config, create=not check):
+    with Lock(config, shared=check, create=not check):
         cycle = cycle_of(config)
         before = _position(cycle)
         if check:

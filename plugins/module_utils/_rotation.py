@@ -102,8 +102,8 @@ class Rotation:
                 if not news and not answer["pending"] and not answer["more"]:
                     if not self._newly_verified():
                         break
-                elif not news and answer["pending"] and not answer["chunks"]:
-                    raise StoreError("The host has shards to deliver and gives no bytes", reason="bad_answer")
+                elif not news and not answer["chunks"]:
+                    raise StoreError(f"{self._host} says that there is more, and gives nothing", reason="bad_answer")
                 answer = self._round(export=answer["more"])
 
     def predict(self) -> None:

@@ -33,6 +33,11 @@ def _integer(text: str) -> int:
     return int(text)
 
 
+def _is_integer(value: Json) -> bool:
+    """A boolean is an integer in Python, not in JSON."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _refuse(text: str) -> t.NoReturn:
     raise ValueError(f"{text[:20]} is not an integer")
 
@@ -64,7 +69,7 @@ def parse(
     except (ValueError, RecursionError) as fault:
         raise error(f"{what} is not JSON as we write it: {fault}"[:400], reason="not_json") from None
     version = schema["properties"]["version"]["const"]
-    if isinstance(document, dict) and type(document.get("version")) is int and document["version"] > version:
+    if isinstance(document, dict) and _is_integer(document.get("version")) and document["version"] > version:
         raise error(
             f"{what} has version {document['version']}, this program knows version {version}",
             reason="newer_version",
@@ -82,8 +87,8 @@ _TYPES: dict[str, t.Callable[[Json], bool]] = {
     "object": lambda value: isinstance(value, dict),
     "array": lambda value: isinstance(value, list),
     "string": lambda value: isinstance(value, str),
-    "integer": lambda value: type(value) is int,
-    "boolean": lambda value: type(value) is bool,
+    "integer": _is_integer,
+    "boolean": lambda value: isinstance(value, bool),
     "null": lambda value: value is None,
 }
 
@@ -265,7 +270,6 @@ MANIFEST = _document(
                 ),
             },
             "faults": {"type": "array", "maxItems": 100, "items": _ref("fault")},
-            "quote": {"type": "null"},
             "time": _ref("time"),
         }
     ),

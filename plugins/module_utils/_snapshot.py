@@ -497,7 +497,6 @@ class Cycle:
             padded=place.padded,
             observed=None,
             faults=faults,
-            quote=None,
             time=utc_now(),
         )
 
