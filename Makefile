@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-# make demo          one host, an emulated kernel, the whole cycle; no root, nothing outside build/
+# make demo          a fleet of emulated hosts, the whole cycle, and what can go wrong; no root, nothing outside build/
 # make test          lint, sanity, units, integration: everything, stops at the first failure
 # make lint | sanity | units | integration      one of them
 # make units-oldest  the unit tests of modules and module_utils on the oldest target Python that this machine has
@@ -26,6 +26,10 @@ BIN := $(abspath $(VENV))/bin
 STAGE := $(abspath $(BUILD))/ansible_collections/integrity/ima
 INSTALLED := $(abspath $(BUILD))/collections
 DEMO := $(abspath $(BUILD))/demo
+# short output, and no file outside of $(BUILD)
+DEMO_ENV := ANSIBLE_HOME=$(abspath $(BUILD))/ansible ANSIBLE_LOCAL_TEMP=$(abspath $(BUILD))/ansible/tmp \
+	ANSIBLE_REMOTE_TEMP=$(abspath $(BUILD))/ansible/tmp \
+	ANSIBLE_FORKS=8 ANSIBLE_PIPELINING=true ANSIBLE_DISPLAY_SKIPPED_HOSTS=false
 # another Python is another environment
 PYVER := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 DEMO_STAMP := $(VENV)/.installed-demo-$(PYVER)
@@ -64,7 +68,7 @@ collection: $(DEMO_STAMP) stage
 
 demo: collection
 	@mkdir -p "$(DEMO)"
-	@ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) ANSIBLE_PYTHON_INTERPRETER=$(BIN)/python \
+	@ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) ANSIBLE_PYTHON_INTERPRETER=$(BIN)/python $(DEMO_ENV) \
 		$(BIN)/ansible-playbook -i localhost, -c local integrity.ima.demo -e '{"demo_directory": "$(DEMO)"}'
 
 test:
@@ -75,8 +79,10 @@ test:
 	printf '\nPASSED: lint, sanity, units, integration in %d s\n' $$((SECONDS - start))
 
 lint: $(TEST_STAMP) stage
-	$(call title,lint: ruff mypy yamllint ansible-lint)
+	$(call title,lint: ruff mypy yamllint ansible-lint role specs schemas)
 	@tests/tools/lint.sh $(VENV) $(STAGE) $(BUILD)/cache
+	@echo '--- role specs'; $(BIN)/python $(STAGE)/tests/tools/check_role_specs.py
+	@echo '--- schemas'; $(BIN)/python $(STAGE)/tests/tools/write_schemas.py --check
 
 sanity: $(TEST_STAMP) stage
 	$(call title,sanity: ansible-test sanity)
@@ -105,3 +111,27 @@ integration: $(TEST_STAMP) collection
 
 clean:
 	rm -rf $(VENV) $(BUILD) .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/output
+
+# make kernel-lab | kernel-lab-clean   Debian kernels with IMA and a software TPM under QEMU, kept in ~/.cache (KERNEL_LAB=...)
+# make test-kernel                     the collection on those kernels; KERNEL_TESTS="--kernels backports -k cycle" narrows it
+# make test-kernel-staging             the same on a kernel with CONFIG_IMA_STAGING, which it builds first
+KERNEL_LAB ?= $(HOME)/.cache/integrity-ima/kernel-lab
+KERNEL_TESTS ?=
+export KERNEL_LAB
+
+.PHONY: kernel-lab kernel-lab-clean test-kernel test-kernel-staging
+
+kernel-lab:
+	@$(PYTHON) tests/kernel/build.py
+
+kernel-lab-clean:
+	@$(PYTHON) tests/kernel/lab.py clean
+
+test-kernel: kernel-lab $(TEST_STAMP) collection
+	$(call title,test-kernel: tests/kernel)
+	@ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) tests/kernel/run.sh $(BIN) --kernels bookworm,trixie,backports $(KERNEL_TESTS)
+
+test-kernel-staging: $(TEST_STAMP) collection
+	$(call title,test-kernel-staging: tests/kernel)
+	@$(PYTHON) tests/kernel/build.py staging
+	@ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) tests/kernel/run.sh $(BIN) --kernels staging $(KERNEL_TESTS)

@@ -14,6 +14,7 @@ from ansible.plugins.action import ActionBase
 
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 from ansible_collections.integrity.ima.plugins.module_utils._fleet import document, member, new_run
+from ansible_collections.integrity.ima.plugins.module_utils._module import failure_of
 from ansible_collections.integrity.ima.plugins.module_utils._schema import canonical
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
 
@@ -46,8 +47,8 @@ class ActionModule(ActionBase):
             store = DirectoryStore(args["store"])
             if not self._task.check_mode:
                 store.write_run(whole)
-        except ImaError as error:
-            return dict(error.result(), failed=True)
+        except (ImaError, OSError) as error:
+            return dict(failure_of(error), failed=True)
         absent = {host: said["reason"] for host, said in hosts.items() if said["status"] == "missing"}
         return {
             "changed": True,

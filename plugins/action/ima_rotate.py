@@ -12,6 +12,7 @@ from ansible.plugins.action import ActionBase
 
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 from ansible_collections.integrity.ima.plugins.module_utils._fleet import missing
+from ansible_collections.integrity.ima.plugins.module_utils._module import failure_of
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostUnreachable, Rotation
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
 
@@ -47,7 +48,7 @@ class ActionModule(ActionBase):
 
         try:
             rotation = Rotation(DirectoryStore(args["store"]), args["name"], call, args)
-        except ImaError as error:
+        except (ImaError, OSError) as error:
             return _failed(args["name"], error, {})
         try:
             if self._task.check_mode:
@@ -56,20 +57,23 @@ class ActionModule(ActionBase):
                 rotation.run()
         except HostUnreachable as error:
             return dict(error.raw, claim=missing("unreachable", error.msg))
-        except ImaError as error:
+        except (ImaError, OSError) as error:
             return _failed(args["name"], error, rotation.result())
         finally:
             t.cast(t.Any, self)._remove_tmp_path(self._connection._shell.tmpdir)
         result = rotation.result()
+        if rotation.warnings:
+            result["warnings"] = [f"{args['name']}: {said}" for said in rotation.warnings]
         if not self._task.diff:
             del result["diff"]
         return _faulty(args["name"], result) if result["fault"] else result
 
 
-def _failed(host: str, error: ImaError, result: dict[str, t.Any]) -> dict[str, t.Any]:
-    where = {key: error.details.get(key) for key in ("index", "boot_id")}
-    claim = missing(error.reason, error.msg, **where)
-    return dict(result, **dict(error.result(), failed=True, msg=f"{host}: {error}", claim=claim))
+def _failed(host: str, error: Exception, result: dict[str, t.Any]) -> dict[str, t.Any]:
+    details = failure_of(error)
+    where = {key: details.get(key) for key in ("index", "boot_id")}
+    claim = missing(details["reason"], details["msg"], **where)
+    return dict(result, **dict(details, failed=True, msg=f"{host}: {details['msg']}", claim=claim))
 
 
 def _faulty(host: str, result: dict[str, t.Any]) -> dict[str, t.Any]:

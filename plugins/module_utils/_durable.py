@@ -38,7 +38,7 @@ _REASONS = {
     errno.ELOOP: "symlink",
 }
 _HINTS = {
-    "no_space": "free space on that file system and run again; nothing was deleted from the kernel",
+    "no_space": "free space on that file system and run again",
     "read_only": "the file system is read-only: look at the kernel's log, then run again",
     "not_permitted": "run with the rights of the spool's owner",
     "symlink": "replace the symbolic link by a real file or directory",
@@ -70,11 +70,12 @@ def open_directory(path: str) -> int:
 
 def sync_directory(path: str) -> None:
     """Make the names in ``path`` durable."""
-    descriptor = open_directory(path)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with failing(path, "make the names durable in"):
+        descriptor = open_directory(path)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def make_directory(path: str, mode: int = 0o700) -> None:
@@ -103,6 +104,7 @@ class NewFile:
     def __init__(self, path: str, mode: int = 0o600) -> None:
         self.path = path
         self.size = 0
+        self._sealed = False
         directory, name = os.path.split(path)
         self._name = name
         self._temporary = f".{name}.{secrets.token_hex(4)}{TEMPORARY}"
@@ -126,16 +128,26 @@ class NewFile:
 
     def seal(self) -> None:
         """Make the content durable under the temporary name, and close it."""
-        if self._file < 0:
+        if self._sealed:
             return
         with failing(self.path, "make durable"):
+            if self._file < 0:
+                raise OSError(errno.EBADF, "it was closed, or made durable in vain, before")
             try:
                 os.fsync(self._file)
                 if os.fstat(self._file).st_size != self.size:
                     raise OSError(errno.EIO, "the file is not as long as what was written")
             finally:
                 descriptor, self._file = self._file, -1
-                os.close(descriptor)
+                if descriptor >= 0:
+                    os.close(descriptor)
+        self._sealed = True
+
+    def rest(self) -> None:
+        """Let go of the directory until publishing: many files may wait for that at once."""
+        directory, self._directory = self._directory, -1
+        if directory >= 0:
+            os.close(directory)
 
     def publish_as(self, name: str) -> bool:
         """Publish under another name of the same directory, one that was not known when the file was begun."""
@@ -147,6 +159,8 @@ class NewFile:
         self.seal()
         new = True
         with failing(self.path, "publish"):
+            if self._directory < 0:
+                self._directory = open_directory(os.path.dirname(self.path))
             try:
                 os.link(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             except FileExistsError:
@@ -187,10 +201,11 @@ class NewFile:
             with contextlib.suppress(OSError):
                 os.close(self._file)
             self._file = -1
+        if self._temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(os.path.dirname(self.path), self._temporary))
+            self._temporary = ""
         if self._directory >= 0:
-            if self._temporary:
-                with contextlib.suppress(OSError):
-                    os.unlink(self._temporary, dir_fd=self._directory)
             with contextlib.suppress(OSError):
                 os.close(self._directory)
             self._directory = -1
@@ -205,7 +220,7 @@ class NewFile:
 def digest_of(path: str, algorithm: str = "sha256") -> str:
     """Return the digest of a file in lower-case hex."""
     digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
+    with failing(path, "read"), open(path, "rb") as file:
         for chunk in iter(lambda: file.read(CHUNK), b""):
             digest.update(chunk)
     return digest.hexdigest()

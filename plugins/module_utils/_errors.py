@@ -8,17 +8,12 @@
 
 from __future__ import annotations
 
-import os
 import typing as t
 
 
 def printable(raw: bytes | str) -> str:
     """Text that is safe in a result or a log: foreign bytes become ``\\xNN``, control characters too."""
-    text = (
-        os.fsencode(raw).decode("utf-8", "backslashreplace")
-        if isinstance(raw, str)
-        else raw.decode("utf-8", "backslashreplace")
-    )
+    text = raw if isinstance(raw, str) else raw.decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 

@@ -19,8 +19,10 @@ from ansible_collections.integrity.ima.plugins.module_utils._snapshot import utc
 
 
 def new_run() -> str:
-    """Return the name of a run: UTC time, so that names sort, and a random part, so that none is used twice."""
-    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(4)}"
+    """Return the name of a run: UTC time with microseconds (5 hex digits), so that names sort, and 3 random digits."""
+    now = time.time()
+    second = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
+    return f"{second}-{int(now % 1 * 1000000):05x}{secrets.token_hex(2)[:3]}"
 
 
 def claim(manifest: Manifest, aggregate_digest: str, records: int) -> dict[str, t.Any]:

@@ -14,13 +14,17 @@ import typing as t
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, TrimError
 from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import SHA1, read
 from ansible_collections.integrity.ima.plugins.module_utils._protocol import Config, Lock, generation
-from ansible_collections.integrity.ima.plugins.module_utils._securityfs import DELETE_N, EXPORT_ONLY
+from ansible_collections.integrity.ima.plugins.module_utils._schema import canonical
+from ansible_collections.integrity.ima.plugins.module_utils._securityfs import DELETE_N, EXPORT_ONLY, STAGED
 from ansible_collections.integrity.ima.plugins.module_utils._shard import Entry, anchor_name
 from ansible_collections.integrity.ima.plugins.module_utils._snapshot import Cycle, Export, as_recorded
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
+from ansible_collections.integrity.ima.plugins.module_utils._tpm import TpmError
+from ansible_collections.integrity.ima.plugins.module_utils._tpm import enroll as make_key
 
 Result = t.Dict[str, t.Any]
 MOST_PENDING = 16  # manifests in one answer
+LEAST_CHUNK = 4096  # bytes, but for the last one of a shard
 
 
 def cycle_of(config: Config) -> Cycle:
@@ -76,7 +80,7 @@ def info(config: Config) -> Result:
     }
     templates: t.Counter[str] = collections.Counter()
     size = count = 0
-    with lists.view() as file:
+    with Lock(config, shared=True, create=False), lists.view() as file:
         for record in read(file.read, SHA1):
             templates[record.template] += 1
             size += len(record.raw)
@@ -180,9 +184,12 @@ def trim(config: Config, to: str, records: int, anchor: int, make_anchor: bool, 
     """Delete records from the list: to the cut, ``records`` of them, or up to the ``anchor``-th newest anchor."""
     with Lock(config, shared=check, create=not check):
         cycle = cycle_of(config)
+        if not check:
+            cycle.spool.recover()
         before = _position(cycle)
         cycle.require_trimmable()
         made = _make_anchor(cycle) if make_anchor and not check else None
+        foreseen = check and make_anchor and not _only_anchor_is_new(cycle)
         place = cycle.survey(write=not check)
         target = _target(cycle, place.base, to, records, anchor)
         if check:
@@ -191,7 +198,7 @@ def trim(config: Config, to: str, records: int, anchor: int, make_anchor: bool, 
             count = cycle.trim(target)
         after = dict(_position(cycle), base=place.base + count)
         return {
-            "changed": count > 0 or bool(made),
+            "changed": count > 0 or bool(made) or foreseen,
             "trimmed": count,
             "base": place.base + count,
             "cut": place.cut,
@@ -244,31 +251,28 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
         cycle = cycle_of(config)
         before = _position(cycle)
         if check:
-            place, new = cycle.predict()
-            return {
-                "changed": new > 0, "exported": new, "trimmed": 0, "more": False,
-                "pending": 0, "manifests": [], "chunks": [], "fault": cycle.blocked(), "flavour": cycle.flavour,
-                "trim_after": config.trim_after,
-                "position": _diff(before, dict(before, cut=place.cut + new)),
-            }
+            return _foreseen(cycle, params["have"], before)
         cycle.spool.recover()
         acknowledged = _acknowledge(cycle, params["have"])
-        trimmed = _trim_what_may_go(cycle) if cycle.spool.head else 0
+        trimmed = _trim_what_may_go(cycle, witness=params["export"]) if cycle.spool.head else 0
         exported, more = 0, False
         while params["export"]:
             done = _export_piece(cycle, params["anchor"])
             exported, more = exported + done.records, done.more
-            trimmed += _trim_what_may_go(cycle)
+            trimmed += _trim_what_may_go(cycle, witness=done.more)
             if not done.more or config.trim_after != "local":
                 break
+        quote, said, caught = _quote(cycle, params.get("nonce")) if exported and not more else (None, [], 0)
         answer = _pending(cycle, params)
         fault = cycle.blocked()
         answer.update(
             changed=bool(acknowledged or trimmed or exported),
-            exported=exported,
+            exported=exported + caught,
             trimmed=trimmed,
             more=more,
             fault=fault,
+            quote=quote,
+            warnings_said=said,
             position=_diff(before, _position(cycle)),
             flavour=cycle.flavour,
             trim_after=config.trim_after,
@@ -276,19 +280,80 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
         return answer
 
 
+def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:
+    """Return what a round would do, in the form of an answer."""
+    place, new = cycle.predict()
+    waiting = any(entry.sequence > (have["sequence"] if have else 0) for entry in cycle.spool.entries)
+    going = cycle.trimmable(place.base, None) if _deletable(cycle) else 0
+    return {
+        "changed": bool(new or waiting or going),
+        "exported": new,
+        "trimmed": going,
+        "more": False,
+        "pending": 0,
+        "manifests": [],
+        "chunks": [],
+        "fault": cycle.blocked(),
+        "flavour": cycle.flavour,
+        "quote": None,
+        "warnings_said": [],
+        "trim_after": cycle.config.trim_after,
+        "position": _diff(before, dict(before, base=place.base + going, cut=place.cut + new)),
+    }
+
+
+def _quote(cycle: Cycle, nonce: str | None) -> tuple[str | None, list[str], int]:
+    """Quote the PCRs behind the head, then export what that had measured, so that the quoted point is in a shard.
+
+    Returns the quote, what to warn of, and how many records came. Without a TPM, or where the tools fail, the shards
+    are delivered all the same: the verdict then says ``consistent``.
+    """
+    if not nonce or cycle.spool.head is None:
+        return None, [], 0
+    if cycle.lists.files.emulated or not cycle.lists.files.tpm_banks():
+        return None, [], 0
+    try:
+        text = canonical(cycle.quote(nonce)).decode("ascii")
+    except TpmError as error:
+        return None, [f"no quote: {error}"], 0
+    return text, [], cycle.export().records
+
+
+def enroll(config: Config, check: bool) -> Result:
+    """Return the host's attestation key, made if it has none. Raises :class:`TpmError`."""
+    files = config.lists().files
+    if files.emulated or not files.tpm_banks():
+        raise TpmError("This host has no TPM that the kernel uses", reason="no_tpm")
+    key = make_key(create=not check)
+    if key is None:
+        return {"changed": True, "machine_id": files.machine_id(), "ak": "", "ak_name": "", "ek": ""}
+    return {"changed": key.pop("made"), "machine_id": files.machine_id(), **key}
+
+
 def _acknowledge(cycle: Cycle, have: Result | None) -> int:
+    cycle.store_has = have["sequence"] if have else 0
     return cycle.acknowledge(have["sequence"], have["manifest"], have["store"], have["verdict"]) if have else 0
 
 
-def _trim_what_may_go(cycle: Cycle) -> int:
-    """Delete what the policy lets go, if this kernel can delete and nothing forbids it."""
-    if cycle.flavour == EXPORT_ONLY or cycle.config.trim_after == "never" or cycle.blocked():
-        return 0
+def _deletable(cycle: Cycle) -> bool:
+    """Say whether this kernel, the policy and the history allow deleting anything of this boot."""
     head = cycle.spool.head
-    if head is None or head.boot_id != cycle.boot_id:
+    here = head is not None and head.boot_id == cycle.boot_id
+    return here and cycle.flavour != EXPORT_ONLY and cycle.config.trim_after != "never" and not cycle.blocked()
+
+
+def _trim_what_may_go(cycle: Cycle, *, witness: bool) -> int:
+    """Delete what the policy lets go, if this kernel can delete and nothing forbids it.
+
+    With ``witness`` the last record of it stays: an export follows, and finds its place by that record's content.
+    """
+    if not _deletable(cycle):
         return 0
-    cycle.survey()
-    return cycle.trim()
+    base = cycle.survey().base
+    if not witness or cycle.flavour == STAGED:
+        return cycle.trim()
+    limit = base + cycle.trimmable(base, None)
+    return cycle.trim(max(base, limit - 1))
 
 
 def _export_piece(cycle: Cycle, anchor: bool) -> Export:
@@ -319,14 +384,15 @@ def _pending(cycle: Cycle, params: Result) -> Result:
     """Return manifests that the store lacks, and as many of their bytes as one answer may have."""
     have = params["have"]["sequence"] if params["have"] else 0
     waiting = [entry for entry in cycle.spool.entries if entry.sequence > have]
-    part, room, chunks = params["part"], params["chunk_bytes"], []
+    part, room = params["part"], params["chunk_bytes"]
+    chunks: list[Result] = []
     for entry in waiting[:MOST_PENDING]:
         size = cycle.spool.manifest(entry)["stored_size"]
+        if chunks and room < min(size, LEAST_CHUNK):
+            break
         known = part and part["manifest"] == cycle.spool.digest(entry)
         offset = min(part["offset"], size) if known else 0
         chunks.append(cycle.spool.chunk(entry, offset, min(room, size - offset)))
         room -= min(room, size - offset)
-        if room <= 0:
-            break
     manifests = [cycle.spool.manifest_bytes(entry).decode("ascii") for entry in waiting[:MOST_PENDING]]
     return {"pending": len(waiting), "manifests": manifests, "chunks": chunks}

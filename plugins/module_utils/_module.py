@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import typing as t
 
@@ -17,12 +18,23 @@ from ansible_collections.integrity.ima.plugins.module_utils._protocol import CON
 CONFIG_SPEC: dict[str, t.Any] = {"config": {"type": "path", "default": CONFIG}}
 
 
+def failure_of(error: Exception) -> dict[str, t.Any]:
+    """Return the arguments of ``fail_json`` for an error: ours, or one of the system's that nobody expected there."""
+    if isinstance(error, ImaError):
+        return error.result()
+    if not isinstance(error, OSError):
+        raise error
+    name = errno.errorcode.get(error.errno or 0, "?")
+    where = f" ({printable(str(error.filename))})" if error.filename else ""
+    return {"msg": f"The system answered: {error.strerror}{where}.", "reason": "system", "errno": name}
+
+
 def run(module: t.Any, act: t.Callable[[], dict[str, t.Any]]) -> t.NoReturn:
-    """Exit with what ``act`` returns (``diff`` only if it was asked for), or fail with its :class:`ImaError`."""
+    """Exit with what ``act`` returns (``diff`` only if it was asked for), or fail with the error that it raises."""
     try:
         result = act()
-    except ImaError as error:
-        details = error.result()
+    except (ImaError, OSError) as error:
+        details = failure_of(error)
         details["msg"] = f"{printable(socket.gethostname())}: {details['msg']}"
         module.fail_json(**details)
     else:

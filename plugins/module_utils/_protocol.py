@@ -77,6 +77,10 @@ class Config(t.NamedTuple):
         return Lists(files, busy_timeout=float(self.busy_timeout))
 
 
+_LONGEST = 1 << 16
+VOLATILE = frozenset(("tmpfs", "ramfs"))
+
+
 def _path(value: str) -> str:
     if not os.path.isabs(value) or os.path.normpath(value) != value.rstrip("/"):
         raise ValueError("must be an absolute path without . or ..")
@@ -178,7 +182,8 @@ def _value(parser: configparser.RawConfigParser, path: str, section: str, key: s
 def _read_safely(path: str) -> str:
     """Return the text of a file that only root, or the user who runs this, can have written."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Never waits, should somebody have put a FIFO there.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(
             f"Cannot read the config {path}: {error.strerror}",
@@ -186,17 +191,22 @@ def _read_safely(path: str) -> str:
             path=path,
             hint="install the role integrity.ima.ima_snapshot on this host, or name another file with 'config'",
         ) from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(descriptor)
         if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022 or not stat.S_ISREG(status.st_mode):
             raise ConfigError(
-                f"The config {path} could have been written by others (owner {status.st_uid}, mode "
-                f"{stat.S_IMODE(status.st_mode):04o})",
+                f"The config {path} could have been written by others, or is no file (owner {status.st_uid}, mode "
+                f"{status.st_mode:o})",
                 reason="config_unsafe",
                 path=path,
                 hint="make it a file of root's with mode 0644",
             )
-        return file.read(1 << 16).decode("utf-8")
+        data = os.read(descriptor, _LONGEST + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > _LONGEST:
+        raise ConfigError(f"The config {path} is longer than {_LONGEST} bytes", reason="config_syntax", path=path)
+    return data.decode("utf-8")
 
 
 def file_system(path: str) -> str:
@@ -223,6 +233,19 @@ def require_local(path: str) -> None:
             path=path,
             file_system=kind,
             hint="name a directory on a local disk",
+        )
+
+
+def require_durable(path: str) -> None:
+    """Refuse a path on a file system that a reboot empties: reason ``volatile_file_system``."""
+    kind = file_system(path)
+    if kind in VOLATILE:
+        raise ConfigError(
+            f"{path} is on {kind}: what leaves the kernel's memory must not go to memory again",
+            reason="volatile_file_system",
+            path=path,
+            file_system=kind,
+            hint="name a directory on a disk",
         )
 
 

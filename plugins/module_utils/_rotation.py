@@ -13,17 +13,28 @@ from __future__ import annotations
 
 import base64
 import binascii
+import secrets
 import typing as t
 
-from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, StoreError
+from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, StoreError, printable
 from ansible_collections.integrity.ima.plugins.module_utils._fleet import claim
-from ansible_collections.integrity.ima.plugins.module_utils._schema import ANSWER, check
+from ansible_collections.integrity.ima.plugins.module_utils._schema import (
+    ANSWER,
+    IDENTITY,
+    QUOTE,
+    canonical,
+    check,
+    parse,
+)
 from ansible_collections.integrity.ima.plugins.module_utils._shard import Manifest, digest
+from ansible_collections.integrity.ima.plugins.module_utils._snapshot import utc_now
 from ansible_collections.integrity.ima.plugins.module_utils._store._base import Head
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
+from ansible_collections.integrity.ima.plugins.module_utils._tpm import QuoteError, check_document
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import ATTESTED, CONSISTENT, claims_of, verify
 
 MOST_ROUNDS = 100000
+LEAST_CHUNK = 4096  # bytes, but for the last one of a shard
 Answer = t.Dict[str, t.Any]
 Call = t.Callable[[t.Dict[str, t.Any]], Answer]
 
@@ -66,6 +77,7 @@ def _failure(raw: dict[str, t.Any]) -> HostFailed:
     reason, message = raw.get("reason"), raw.get("msg")
     if not isinstance(message, str):
         message = "the module gave no message"
+    message = printable(message)
     known = check(reason, {"type": "string", "pattern": "^[a-z0-9_]{1,40}$"}) == ""
     where = {
         key: raw[key]
@@ -81,6 +93,8 @@ class Rotation:
     def __init__(self, store: DirectoryStore, host: str, call: Call, options: dict[str, t.Any]) -> None:
         self._store, self._host, self._call, self._options = store, host, call, options
         self._head: Head | None = store.head(host)
+        self._nonce: str | None = None
+        self._quote = ""
         self._verdict = ""
         self._wants_verdict = False
         self._rounds = 0
@@ -88,33 +102,53 @@ class Rotation:
         self.fault: dict[str, t.Any] | None = None
         self.diff: dict[str, t.Any] = {}
         self.flavour = ""
+        self.quoted = False
+        self.warnings: list[str] = []
         self.changed = False
 
     def run(self) -> None:
         """Run rounds until the host has nothing left to say. Raises :class:`ImaError`."""
         with self._store.delivering(self._host):
             self._head = self._store.head(self._host)
+            self._nonce = secrets.token_hex(32) if self._store.identity(self._host) else None
             answer = self._round(export=True)
             while True:
-                told = self._head.digest if self._head else ""
+                before = self._progress()
                 self._take(answer)
-                news = (self._head.digest if self._head else "") != told
+                news = self._progress() != before
                 if not news and not answer["pending"] and not answer["more"]:
+                    self._keep_quote()
                     if not self._newly_verified():
                         break
-                elif not news and not answer["chunks"]:
+                elif not news:
                     raise StoreError(f"{self._host} says that there is more, and gives nothing", reason="bad_answer")
                 answer = self._round(export=answer["more"])
+
+    def _progress(self) -> tuple[str, int]:
+        """Return what must grow from round to round: the newest shard here, and the bytes of the next one."""
+        unfinished = self._store.unfinished(self._host)
+        return (self._head.digest if self._head else "", unfinished[1] if unfinished else 0)
 
     def predict(self) -> None:
         """Ask the host what a rotation would do (check mode); nothing is written on either side."""
         self._round(export=True)
 
+    def _keep_quote(self) -> None:
+        """Check the quote that came, now that the shard it follows is here, and keep it."""
+        if not self._quote:
+            return
+        quote = parse(self._quote.encode("ascii", "replace"), QUOTE, f"the quote that {self._host} sent", QuoteError)
+        if quote["nonce"] != self._nonce:
+            raise QuoteError(f"The quote of {self._host} was not made for this rotation", reason="quote_nonce")
+        check_document(quote, self._store.identity(self._host) or {})
+        self._store.put_quote(self._host, quote)
+        self._quote, self.quoted = "", True
+
     def _newly_verified(self) -> bool:
         """Under the policy ``verified`` let the verifier judge once all is here; True: the host should hear of it."""
         if self._verdict or self._head is None or not self._wants_verdict:
             return False
-        verdict = verify(self._store, self._host, claims_of(self._store).get(self._host, []))
+        verdict = verify(self._store, self._host, claims_of(self._store).get(self._host, []), newest_boot=True)
         if verdict.verdict not in (ATTESTED, CONSISTENT):
             raise StoreError(
                 f"All of {self._host} was delivered, but the verifier says {verdict.verdict}: {verdict.message}",
@@ -140,11 +174,13 @@ class Rotation:
             }
         unfinished = self._store.unfinished(self._host)
         part = {"manifest": unfinished[0], "offset": unfinished[1]} if unfinished else None
-        answer = answer_of(self._call({"have": have, "part": part, "export": export}))
+        answer = answer_of(self._call({"have": have, "part": part, "export": export, "nonce": self._nonce}))
         self.changed = self.changed or answer["changed"]
         self.exported += answer["exported"]
         self.trimmed += answer["trimmed"]
         self.fault, self.flavour = answer["fault"], answer["flavour"]
+        self._quote = answer["quote"] or self._quote
+        self.warnings += answer["warnings_said"]
         self._wants_verdict = answer["trim_after"] == "verified"
         position = answer["position"]
         self.diff = dict(position, before=self.diff.get("before", position["before"]))
@@ -153,12 +189,12 @@ class Rotation:
     def _take(self, answer: Answer) -> None:
         """Put what came into the store, shard by shard, in order."""
         for text, chunk in zip(answer["manifests"], answer["chunks"]):
-            data = text.encode("ascii")
+            data = text.encode("utf-8", "replace")
             manifest = self._store.accept(self._host, data, self._head)
             if not self._take_chunk(manifest, digest(data), chunk):
                 return
             self._store.finish(self._host, manifest)
-            self._head = Head(manifest, digest(data))
+            self._head, self._verdict = Head(manifest, digest(data)), ""
             self.delivered += 1
             self.records += manifest["count"]
 
@@ -177,7 +213,7 @@ class Rotation:
                 reason="bad_answer",
                 sequence=manifest["sequence"],
             )
-        if len(data) > self._options["chunk_bytes"] or (not data and end < manifest["stored_size"]):
+        if len(data) > self._options["chunk_bytes"] or (len(data) < LEAST_CHUNK and end < manifest["stored_size"]):
             raise StoreError(f"A chunk from {self._host} has {len(data)} bytes", reason="bad_answer")
         self._store.receive(self._host, manifest_digest, here, data)
         return bool(end == manifest["stored_size"])
@@ -194,6 +230,7 @@ class Rotation:
             "exported": self.exported,
             "trimmed": self.trimmed,
             "delivered": self.delivered,
+            "quoted": self.quoted,
             "rounds": self._rounds,
             "flavour": self.flavour,
             "fault": self.fault,
@@ -201,3 +238,29 @@ class Rotation:
             "aggregate_digest": head.digest if head else "",
             "diff": self.diff,
         }
+
+
+def record_identity(store: DirectoryStore, host: str, answer: t.Any, check_mode: bool) -> dict[str, t.Any]:
+    """Record what a host says of its attestation key: trust on first use. Return the action's result.
+
+    Raises :class:`StoreError` ``bad_answer``, or ``identity_changed`` when another key is on record.
+    """
+    said = {key: answer.get(key) for key in ("machine_id", "ak", "ak_name", "ek")}
+    before = store.identity(host)
+    made = bool(answer.get("changed"))
+    if check_mode and made:
+        return dict(said, changed=True)
+    identity = dict(said, version=1, time=before["time"] if before else utc_now())
+    wrong = check(identity, IDENTITY)
+    if wrong:
+        raise StoreError(f"The host's answer is not what the module gives: {wrong}", reason="bad_answer")
+    if before is not None and before != identity:
+        raise StoreError(
+            f"{host} answers with another attestation key than the one on record",
+            reason="identity_changed",
+            kept="the key on record",
+            hint="if the machine or its TPM was replaced, give the host a new name or a new store",
+        )
+    if before is None and not check_mode:
+        store.put_identity(host, canonical(identity))
+    return dict(said, changed=made or before is None)

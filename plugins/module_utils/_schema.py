@@ -19,7 +19,7 @@ import typing as t
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 
 Json = t.Any
-LIMIT = 1 << 20  # bytes of one document; the largest honest manifest has about 30 KiB
+LIMIT = 1 << 18  # bytes of one document; the largest honest manifest has about 30 KiB
 
 
 def canonical(document: Json) -> bytes:
@@ -116,6 +116,8 @@ def _check_nothing(_value: Json, _schema: dict[str, Json], _where: str) -> str:
 
 
 def _check_string(value: str, schema: dict[str, Json], where: str) -> str:
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        return f"{where} has a lone surrogate"
     if len(value) > schema.get("maxLength", len(value)) or len(value) < schema.get("minLength", 0):
         return f"{where} has {len(value)} characters"
     # In Python "$" also matches before a last newline; the schemas mean the very end.
@@ -210,11 +212,18 @@ _DEFINITIONS: dict[str, dict[str, Json]] = {
         "additionalProperties": _ref("banks"),
         "propertyNames": {"type": "string", "pattern": "^(?:[0-9]|1[0-9]|2[0-3])$"},
     },
+    "base64": {"type": "string", "pattern": "^[A-Za-z0-9+/]*={0,2}$", "maxLength": 8192},
+    "pem": {
+        "type": "string",
+        "pattern": "^-----BEGIN PUBLIC KEY-----\n[A-Za-z0-9+/=\n]*-----END PUBLIC KEY-----\n?$",
+        "maxLength": 4096,
+    },
     "fault": _object(
         {
             "reason": _ref("word"),
             "boot_id": _ref("boot_id"),
             "index": _ref("index"),
+            "found": _ref("boot_id"),
             "lost": {"type": "boolean"},
             "message": _ref("text"),
         }
@@ -260,7 +269,7 @@ MANIFEST = _document(
             },
             "anchors": {
                 "type": "array",
-                "maxItems": 1000,
+                "maxItems": 100,
                 "items": _object(
                     {
                         "index": _ref("index"),
@@ -269,7 +278,7 @@ MANIFEST = _document(
                     }
                 ),
             },
-            "faults": {"type": "array", "maxItems": 100, "items": _ref("fault")},
+            "faults": {"type": "array", "maxItems": 16, "items": _ref("fault")},
             "time": _ref("time"),
         }
     ),
@@ -303,7 +312,40 @@ JOURNAL = _document(
                 ]
             },
             "seal": {"anyOf": [{"type": "null"}, {"type": "object"}]},
-            "faults": {"type": "array", "maxItems": 100, "items": _ref("fault")},
+            "faults": {"type": "array", "maxItems": 16, "items": _ref("fault")},
+        }
+    ),
+)
+
+# Beside the shard's manifest, not in it: what the TPM signs holds the manifest's digest.
+QUOTE = _document(
+    "A TPM quote that follows a manifest",
+    _object(
+        {
+            "version": {"const": 1},
+            "machine_id": _ref("machine_id"),
+            "boot_id": _ref("boot_id"),
+            "sequence": _ref("sequence"),
+            "manifest": _ref("sha256"),
+            "nonce": _hex(64),
+            "attest": _ref("base64"),
+            "signature": _ref("base64"),
+            "pcrs": _ref("pcrs"),
+            "time": _ref("time"),
+        }
+    ),
+)
+
+IDENTITY = _document(
+    "A host's attestation key, as the controller saw it first",
+    _object(
+        {
+            "version": {"const": 1},
+            "machine_id": _ref("machine_id"),
+            "ak": _ref("pem"),
+            "ak_name": {"type": "string", "pattern": "^[0-9a-f]{8,140}$", "maxLength": 140},
+            "ek": _ref("pem"),
+            "time": _ref("time"),
         }
     ),
 )
@@ -377,6 +419,8 @@ ANSWER = _object(
             ),
         },
         "fault": {"anyOf": [{"type": "null"}, _ref("fault")]},
+        "quote": {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 1 << 16}]},
+        "warnings_said": {"type": "array", "maxItems": 16, "items": _ref("text")},
         "flavour": _ref("flavour"),
         "trim_after": {"enum": ["local", "central", "verified", "never"]},
         "position": _object({"before": _POSITION, "after": _POSITION}),

@@ -423,6 +423,10 @@ class Lists:
         """Whether the kernel takes ``N``: also true on the staged flavour, unless booted with ``ima_flush_htable``."""
         return bool(self._list_mode() & 0o200) and not self._flushes_htable()
 
+    def records_recur(self) -> bool:
+        """Whether the kernel records an unchanged file again after a deletion (``ima_flush_htable``)."""
+        return self._flushes_htable()
+
     def banks(self) -> list[str]:
         """The banks of the list files (6.10 and later) and of the TPM, and sha1, in :data:`BANK_ORDER`."""
         names = [name for name in self._listdir() if name.startswith("binary_runtime_measurements_")]

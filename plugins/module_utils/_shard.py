@@ -81,6 +81,9 @@ def parse_manifest(data: bytes, what: str) -> Manifest:
         raise ManifestError(f"{what} gives sizes that no shard can have", reason="manifest_values")
     if sorted(manifest["pcrs_start"]) != sorted(manifest["pcrs_end"]):
         raise ManifestError(f"{what} does not give start and end for the same PCRs", reason="manifest_values")
+    rows = [*manifest["pcrs_start"].values(), *manifest["pcrs_end"].values()]
+    if not rows or any(sorted(row) != sorted(rows[0]) or not {"sha1", "sha256"} <= set(row) for row in rows):
+        raise ManifestError(f"{what} does not give every PCR in the same banks", reason="manifest_values")
     return manifest
 
 
@@ -126,6 +129,7 @@ class ShardFile:
         """Make the bytes durable under the temporary name; return the members of the manifest that describe them."""
         self._gzip.close()
         self._file.seal()
+        self._file.rest()
         return {
             "count": self.count,
             "size": self.size,
@@ -226,6 +230,9 @@ def aggregate_text(manifest: Manifest) -> str:
         for bank, value in sorted(banks.items(), key=lambda item: len(item[1]))
     ]
     return f"Snapshot_Attempt_Count={manifest['sequence']};{','.join(items)};"
+
+
+ANCHOR_NAME = re.compile(r"[0-9]{8}-[0-9a-f]{16}\.aggregate\Z")
 
 
 def anchor_content(manifest: Manifest, head: str) -> bytes:

@@ -12,13 +12,14 @@ holds the lock. Nothing is kept in memory across an error: make a new :class:`Cy
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import os
 import time
 import typing as t
 
-from ansible_collections.integrity.ima.plugins.module_utils import _durable
+from ansible_collections.integrity.ima.plugins.module_utils import _durable, _tpm
 from ansible_collections.integrity.ima.plugins.module_utils._errors import (
     HistoryError,
     ListError,
@@ -33,9 +34,10 @@ from ansible_collections.integrity.ima.plugins.module_utils._measurement_list im
     read,
 )
 from ansible_collections.integrity.ima.plugins.module_utils._pcr import BANKS, Replay, Values, search
-from ansible_collections.integrity.ima.plugins.module_utils._protocol import Config
+from ansible_collections.integrity.ima.plugins.module_utils._protocol import Config, require_durable
 from ansible_collections.integrity.ima.plugins.module_utils._securityfs import EXPORT_ONLY, STAGED, File, Lists
 from ansible_collections.integrity.ima.plugins.module_utils._shard import (
+    ANCHOR_NAME,
     Entry,
     Manifest,
     ShardFile,
@@ -48,6 +50,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 _BOOT_AGGREGATES = (b"boot_aggregate", b"boot_aggregate_late")
 _READ = 1 << 16
 _ATTEMPTS = 20
+MOST_ANCHORS = 100  # in one manifest
 Fault = t.Dict[str, t.Any]
 
 
@@ -154,7 +157,11 @@ class Cycle:
         self.config, self.lists, self.spool = config, lists, spool
         self.flavour = lists.flavour()
         self.boot_id = lists.files.boot_id()
+        # The last shard that the store has by its own word of now, where there is one: older words may be out of date.
+        self.store_has: int | None = None
         self.reset_count = lists.files.reset_count()
+        if not lists.files.emulated:
+            require_durable(config.spool)
 
     # -- finding our place ------------------------------------------------------------------------------------------
 
@@ -175,7 +182,7 @@ class Cycle:
         """Bases that the journal knows of, the likeliest first. They are tried, never believed."""
         journal = self.spool.journal()
         hints = [journal["base"]] + ([journal["trim"]["target"]] if journal["trim"] else [])
-        known = {entry.boot_id for entry in self.spool.epoch}
+        known = {entry.boot_id for entry in self.spool.epoch} | {self.boot_id}
         return list(dict.fromkeys(hint if journal["boot_id"] in known else 0 for hint in hints if hint <= end))
 
     def _runs(self, view: _Buffered, base: int, end: int) -> bool:
@@ -183,72 +190,94 @@ class Cycle:
         return view.starts_with(self.spool.raw_from(base, end))
 
     def _same_epoch(self, view: _Buffered, observed: Values | None, head: Entry) -> Place:
+        """Find the base among those that the journal knows, else among all sealed records.
+
+        That the list begins at the cut fits whatever the list holds, so it is believed on the journal's word only, and
+        ``proven`` is false then.
+        """
         manifest, hints = self.spool.manifest(head), self._hints(head.end)
         place = Place(head.end, head.end, manifest["pcrs_end"], manifest["padded"], True, [])
-        for base in hints:
-            if base < head.end and self._runs(view, base, head.end):
-                return place._replace(base=base)
-        found = self._search_base(view, place, observed, head.end)
-        if found is not None:
-            self._runs(view, found, head.end)
-            message = (
-                f"somebody else trimmed records {hints[0] if hints else 0} to {found - 1}; all of them are in shards"
-            )
-            return place._replace(base=found, faults=[self._fault("foreign_trim", found, message, lost=False)])
-        # No sealed record is left in the kernel: the list begins at the cut, or records are gone that nobody saved.
-        view.rewind()
-        if head.end not in hints and not self._leads_to(view, place, observed):
-            raise self._foreign_trim(head.end)
-        view.rewind()
-        return place._replace(proven=False)
+        fitting = [base for base in hints if base == head.end or self._runs(view, base, head.end)]
+        if fitting:
+            base = fitting[0] if len(fitting) == 1 else self._decide(view, place, observed, fitting)
+        else:
+            base = self._decide(view, place, observed, [*self._search_bases(view, head.end), head.end])
+            before = hints[0] if hints else 0
+            message = f"somebody else trimmed records {before} to {base - 1}; all of them are in shards"
+            place = place._replace(faults=[self._fault("foreign_trim", base, message, lost=False)])
+        self._runs(view, base, head.end)
+        return place._replace(base=base, proven=base < head.end)
 
-    def _search_base(self, view: _Buffered, place: Place, observed: Values | None, end: int) -> int | None:
-        """Look for the list's first record everywhere in the epoch's shards."""
+    def _search_bases(self, view: _Buffered, end: int) -> list[int]:
+        """Return where in the epoch's shards the list could begin, so that all sealed records from there on follow."""
         view.rewind()
         first = next(read(view.read, SHA1), None)
         if first is None:
-            return None
-        pieces = self.spool.raw_from(self.spool.epoch[0].first, end)
-        stream = _Pieces(pieces)
-        same = [
-            record.index
-            for record in read(stream.read, SHA1, first_index=self.spool.epoch[0].first, verify=False)
-            if record.raw == first.raw
-        ]
-        found = [base for base in same if self._runs(view, base, end)]
-        if len(found) > 1:
-            proven = [base for base in found if self._runs(view, base, end) and self._leads_to(view, place, observed)]
-            if len(proven) != 1:
-                raise HistoryError(
-                    f"The list could begin at any of the records {found[:10]}: equal records follow each other",
-                    reason="ambiguous_base",
-                    index=found[0],
-                    boot_id=self.boot_id,
-                    kept="everything",
-                    hint="wait until new records were measured, or reboot the host; nothing is deleted meanwhile",
-                )
-            found = proven
-        return found[0] if found else None
+            return []
+        start = self.spool.epoch[0].first
+        sealed = read(_Pieces(self.spool.raw_from(start, end)).read, SHA1, first_index=start, verify=False)
+        same = [record.index for record in sealed if record.raw == first.raw]
+        return [base for base in same if self._runs(view, base, end)]
 
-    def _leads_to(self, view: _Buffered, place: Place, observed: Values | None) -> bool:
-        """Say whether the rest of the list, replayed from the cut, reaches the TPM's values."""
-        if not observed:
-            return False
+    def _decide(self, view: _Buffered, place: Place, observed: Values | None, fitting: list[int]) -> int:
+        """Choose among bases that all fit: by the TPM, else by records that the kernel does not record twice.
+
+        Raises :class:`HistoryError` ``foreign_trim`` or ``ambiguous_base``.
+        """
+        if observed:
+            beyond = {base: self._beyond(view, place, base, observed) for base in fitting}
+            reached = {base: count for base, count in beyond.items() if count is not None}
+            # While the PCRs stand still, the right base is the one whose list leads to them with its last record.
+            best = [base for base, count in reached.items() if count == 0]
+            if len(best) == 1 and self.observe() == observed:
+                return best[0]
+            if reached:
+                raise self._ambiguous(sorted(reached))
+        inside = [base for base in fitting if base < place.cut]
+        if not inside:
+            raise self._foreign_trim(place.cut)
+        if len(inside) > 1 or not self._telling(inside[0], place.cut):
+            raise self._ambiguous(fitting)
+        return inside[0]
+
+    def _beyond(self, view: _Buffered, place: Place, base: int, observed: Values) -> int | None:
+        """Return how many records follow the point at which the list, begun at ``base``, reaches the TPM's values."""
+        self._runs(view, base, place.cut)
         records = read(view.read, SHA1, first_index=place.cut)
-        return search(records, [], place.start, observed, padded=place.padded).reached_at is not None
+        match = search(records, [], place.start, observed, padded=place.padded)
+        return None if match.reached_at is None else match.records - match.reached_at
+
+    def _telling(self, base: int, end: int) -> bool:
+        """Say whether the sealed records hold one that the kernel records only once: no violation, no flushed table."""
+        records = read(_Pieces(self.spool.raw_from(base, end)).read, SHA1, first_index=base, verify=False)
+        return not self.lists.records_recur() and any(not record.violation for record in records)
+
+    def _ambiguous(self, bases: list[int]) -> HistoryError:
+        return HistoryError(
+            f"The list could begin at any of the records {bases[:10]}: equal records follow each other",
+            reason="ambiguous_base",
+            index=bases[0],
+            boot_id=self.boot_id,
+            kept="everything",
+            hint="run again when less is being measured; nothing is deleted or numbered on a guess",
+        )
+
+    def _leads_to(self, view: _Buffered, place: Place, observed: Values) -> bool:
+        """Say whether the rest of the list, replayed from the cut, reaches the TPM's values."""
+        return self._beyond(view, place, place.base, observed) is not None
 
     def _carried_over(self, view: _Buffered, head: Entry) -> bool:
         """Say whether this boot's list begins with the last one's records: a kexec that carried the list over."""
-        before = self.spool.manifest(head)["reset_count"]
-        if None not in (before, self.reset_count) and before != self.reset_count:
+        if self._was_reset(head):
             return False
-        for base in self._hints(head.end):
+        for base in dict.fromkeys([*self._hints(head.end), *self._search_bases(view, head.end), head.end]):
             if self._runs(view, base, head.end):
                 # A reboot may measure the same files in the same order; only a kexec puts another boot_aggregate
                 # behind them.
                 records = read(view.read, SHA1, first_index=head.end)
                 starts = [_starts_boot(record) for record in itertools.islice(records, 1)]
-                return (base < head.end or starts == [False]) and any(starts + [_starts_boot(each) for each in records])
+                if (base < head.end or starts == [False]) and any(starts + [_starts_boot(each) for each in records]):
+                    return True
         return False
 
     def _new_epoch(self, view: _Buffered, observed: Values | None, head: Entry | None) -> Place:
@@ -261,7 +290,7 @@ class Cycle:
             view.rewind()
             match = search(read(view.read, SHA1), [], {}, observed)
             place = place._replace(padded=match.padded)
-            if match.reached_at is None and head is not None:
+            if match.reached_at is None and head is not None and not self._was_reset(head):
                 continued = self._continued(view, observed, head)
                 if continued:
                     return continued
@@ -279,6 +308,11 @@ class Cycle:
         view.rewind()
         return place._replace(faults=faults)
 
+    def _was_reset(self, head: Entry) -> bool:
+        """Say whether the TPM's reset counter tells that this boot is not a kexec of the last one."""
+        before = self.spool.manifest(head)["reset_count"]
+        return before is not None and self.reset_count is not None and before != self.reset_count
+
     def _check_first(self, first: Record | None, head: Entry | None) -> None:
         if first is None:
             raise ListError(
@@ -295,7 +329,6 @@ class Cycle:
         """A kexec without carry-over that lost nothing: every record had been trimmed or exported before it."""
         manifest = self.spool.manifest(head)
         place = Place(head.end, head.end, manifest["pcrs_end"], manifest["padded"], True, [])
-        view.rewind()
         if not self._leads_to(view, place, observed):
             return None
         view.rewind()
@@ -306,6 +339,7 @@ class Cycle:
             "reason": reason,
             "boot_id": boot_id or self.boot_id,
             "index": index,
+            "found": self.boot_id,
             "lost": lost,
             "message": message,
         }
@@ -327,8 +361,11 @@ class Cycle:
         To be read before the list: a record is listed before it is extended, so the list may be ahead, never behind.
         """
         files = self.lists.files
-        banks = files.tpm_banks()
         head = self.spool.head
+        known = (
+            self.spool.manifest(head)["pcrs_end"].get("10", BANKS) if head and head.boot_id == self.boot_id else BANKS
+        )
+        banks = [bank for bank in files.tpm_banks() if bank in known]
         seen = set(self.spool.manifest(head)["pcrs_end"]) if head and head.boot_id == self.boot_id else set()
         pcrs = sorted(seen | {"10"}, key=int)
 
@@ -336,6 +373,8 @@ class Cycle:
             found = {pcr: {bank: files.pcr(bank, int(pcr)) for bank in banks} for pcr in pcrs}
             return {pcr: {bank: value.hex() for bank, value in row.items() if value} for pcr, row in found.items()}
 
+        if not any(files.pcr(bank, 10) != bytes(BANKS[bank]) for bank in banks):
+            return None  # IMA began before the TPM's driver, and extends nothing: as good as no TPM
         before = values() if banks else {}
         for _attempt in range(_ATTEMPTS if banks else 0):
             after = values()
@@ -352,6 +391,7 @@ class Cycle:
         Raises :class:`HistoryError`, ``ListError``, :class:`SpoolError`, ``WriteError``, ``KernelError``.
         """
         notes = self.spool.recover()
+        self._require_name()
         if self.flavour == STAGED and self.config.trim_after != "never" and not self.blocked():
             notes += self._stage()
         observed = self.observe()
@@ -360,6 +400,8 @@ class Cycle:
             with self.lists.view() as file:
                 view = _Buffered(file)
                 place = self._locate_noting(view, observed)
+                if (limit, stop) != (None, None) and observed and not place.proven:
+                    self._prove(view, place, observed)
                 copy = self._copy(view, place, observed, limit, stop, drafts)
             entries = self._seal(place, copy, drafts, observed)
         finally:
@@ -368,6 +410,18 @@ class Cycle:
         cut = entries[-1].end if entries else place.cut
         self.spool.write_journal(boot_id=self.boot_id, base=place.base, trim=None, seal=None)
         return Export(entries, sum(entry.count for entry in entries), place.base, cut, copy.more, notes)
+
+    def _require_name(self) -> None:
+        head = self.spool.head
+        if head is not None and self.spool.manifest(head)["name"] != self.config.name:
+            raise SpoolError(
+                f"The spool holds the history of {self.spool.manifest(head)['name']!r:.260}, the config's name is "
+                f"{self.config.name!r:.260}",
+                reason="host_renamed",
+                path=self.config.path,
+                kept="everything",
+                hint="give the config its old name back, or begin a new spool under the new name",
+            )
 
     def _stage(self) -> list[str]:
         """Set the live list aside, unless a dead run already did: that list is exported and deleted first."""
@@ -386,10 +440,18 @@ class Cycle:
                 self._note_fault(self._fault("foreign_trim", error.details["index"], error.msg))
             raise
 
+    def _prove(self, view: _Buffered, place: Place, observed: Values) -> None:
+        """Before a piece is sealed and deleted whose end is not the list's, let the whole list speak for its place."""
+        if not self._leads_to(view, place, observed):
+            error = self._foreign_trim(place.cut)
+            self._note_fault(self._fault("foreign_trim", place.cut, error.msg))
+            raise error
+        self._runs(view, place.base, place.cut)
+
     def _note_fault(self, fault: Fault) -> None:
         faults = self.spool.journal()["faults"]
         if fault not in faults:
-            self.spool.write_journal(faults=(faults + [fault])[:100])
+            self.spool.write_journal(faults=(faults + [fault])[:16])
 
     def _copy(
         self,
@@ -415,7 +477,7 @@ class Cycle:
                     drafts.append(draft)
                 draft.shard.add(record.raw)
                 watch.see(record, row)
-                if anchors:
+                if anchors and len(draft.anchors) < MOST_ANCHORS:
                     draft.anchors += self._recognise(record, anchors)
             if draft is None:
                 break
@@ -434,9 +496,7 @@ class Cycle:
             names = os.listdir(self.spool.anchors)
         except FileNotFoundError:
             return {}
-        return {
-            as_recorded(os.path.join(self.spool.anchors, name)): name for name in names if name.endswith(".aggregate")
-        }
+        return {as_recorded(os.path.join(self.spool.anchors, name)): name for name in names if ANCHOR_NAME.match(name)}
 
     def _recognise(self, record: Record, anchors: dict[bytes, str]) -> list[dict[str, t.Any]]:
         name = anchors.get(event_name(record, SHA1.byte_order))
@@ -450,9 +510,11 @@ class Cycle:
 
     def _judge(self, place: Place, copy: _Copy, observed: Values | None) -> list[Fault]:
         """Return the faults for the next manifest. Raises ``foreign_trim`` when the base was a hint and is not true."""
-        head = self.spool.head
-        told = self.spool.manifest(head)["faults"] if head else []
-        faults = [fault for fault in self.spool.journal()["faults"] + place.faults if fault not in told]
+        faults: list[Fault] = self.spool.journal()["faults"] + place.faults
+        if faults:
+            # A run that died may have sealed them already, in any shard of its batch.
+            told = [fault for entry in self.spool.entries for fault in self.spool.manifest(entry)["faults"]]
+            faults = [fault for fault in faults if fault not in told][:15]
         if not (observed and copy.at_end and copy.reached is None) or any(fault["lost"] for fault in place.faults):
             return faults
         if not place.proven:
@@ -568,6 +630,39 @@ class Cycle:
             "text": aggregate_text(manifest),
         }
 
+    def quote(self, nonce: str) -> dict[str, t.Any]:
+        """Return a quote over PCRs 0 to 9 and those that the list extends, bound to the head. Raises ``TpmError``.
+
+        To be called with no list open: tpm2-tools are other processes.
+        """
+        head = self._head()
+        manifest, digest = self.spool.manifest(head), self.spool.digest(head)
+        machine_id, files = manifest["machine_id"], self.lists.files
+        extra = _tpm.qualifying_data(nonce, machine_id, head.boot_id, head.sequence, digest)
+        banks, pcrs = files.tpm_banks(), sorted(set(range(10)) | {int(pcr) for pcr in manifest["pcrs_end"]} | {10})
+        for _attempt in range(_ATTEMPTS):
+            attest, signature = _tpm.quote(_tpm.HANDLE, extra, banks, pcrs)
+            values = {str(pcr): {bank: (files.pcr(bank, pcr) or b"").hex() for bank in banks} for pcr in pcrs}
+            parsed = _tpm.parse_attest(attest)
+            # The values are read after the quote: a record that came between makes them others than the signed ones.
+            if _tpm.pcr_digest(values, parsed.selection, "sha256") == parsed.pcr_digest:
+                break
+        else:
+            raise _tpm.TpmError("The PCRs kept changing while they were quoted", reason="pcrs_moving")
+        encode = base64.b64encode
+        return {
+            "version": 1,
+            "machine_id": machine_id,
+            "boot_id": head.boot_id,
+            "sequence": head.sequence,
+            "manifest": digest,
+            "nonce": nonce,
+            "attest": encode(attest).decode("ascii"),
+            "signature": encode(signature).decode("ascii"),
+            "pcrs": values,
+            "time": utc_now(),
+        }
+
     # -- acknowledge and trim ---------------------------------------------------------------------------------------
 
     def acknowledge(self, sequence: int, digest: str, store: str, verdict: str = "") -> int:
@@ -597,30 +692,29 @@ class Cycle:
                 kept="both",
                 hint="two histories claim one name: compare them before anything is removed",
             )
-        count = 0
-        for entry in reversed(entries):
-            if not self.spool.acknowledge(entry, store, verdict, utc_now()):
-                break
-            count += 1
-        return count
+        new = [entry for entry in entries if not self.spool.acknowledged(entry, verdict)]
+        for entry in new:
+            self.spool.acknowledge(entry, store, verdict, utc_now())
+        return len(new)
 
     def blocked(self) -> Fault | None:
         """Return the fault for which nothing may be deleted in this epoch, if there is one."""
-        epoch = self.spool.epoch
-        boots = {entry.boot_id for entry in epoch} | {self.boot_id}
-        for entry in epoch:
-            for fault in self.spool.manifest(entry)["faults"]:
-                if fault["lost"] and (fault["reason"] != "foreign_trim" or fault["boot_id"] in boots):
-                    return t.cast(Fault, fault)
-        pending = self.spool.journal()["faults"]
-        return next((fault for fault in pending if fault["lost"] and fault["boot_id"] in boots), None)
+        head = self.spool.head
+        here = head is not None and head.boot_id == self.boot_id
+        boots = {entry.boot_id for entry in self.spool.epoch} if here else set()
+        told = [fault for entry in self.spool.epoch for fault in self.spool.manifest(entry)["faults"]] if here else []
+        for fault in told + self.spool.journal()["faults"]:
+            if fault["lost"] and fault["found"] in boots | {self.boot_id}:
+                return t.cast(Fault, fault)
+        return None
 
     def allowed_to(self, base: int) -> int:
         """Return the index up to which the policy lets records leave the kernel."""
-        limit = base
+        limit, policy = base, self.config.trim_after
         for entry in self.spool.epoch:
             if entry.end > base:
-                if entry.first > limit or not self.spool.allowed(entry, self.config.trim_after):
+                held = policy == "local" or self.store_has is None or entry.sequence <= self.store_has
+                if entry.first > limit or not held or not self.spool.allowed(entry, policy):
                     break
                 limit = entry.end
         return limit
@@ -724,26 +818,32 @@ class Cycle:
     def _trim_head(self, base: int, target: int) -> int:
         """Delete by number. Died before the write: the list is as it was. After it: its head is found by content."""
         with self.lists.writer() as file:
-            if not self._runs(_Buffered(file), base, target):
+            if self._identical(file, base, target) != target:
                 raise self._head_changed(base)
             self._intend(base, target)
             self.lists.delete(file, target - base)
         self.spool.write_journal(base=target, trim=None)
         return target - base
 
+    def _identical(self, file: File, base: int, limit: int) -> int:
+        """Compare the kernel's records, counted as the kernel has them, with the sealed ones from ``base`` on.
+
+        Return the index after the last one, ``limit`` at the most. Raises :class:`HistoryError` ``head_changed``.
+        """
+        sealed = _Pieces(self.spool.raw_from(base, limit))
+        for record in itertools.islice(read(_Buffered(file).read, SHA1, first_index=base), limit - base):
+            if sealed.exactly(len(record.raw)) != record.raw:
+                raise self._head_changed(record.index)
+            base = record.index + 1
+        return base
+
     def _trim_staged(self, base: int, limit: int, *, exactly: bool) -> int:
         """Delete the staged list, if every record of it may go. It cannot grow, so there is no number to get wrong."""
         with self.lists.writer(staged=True) as file:
-            view = _Buffered(file)
-            sealed = _Pieces(self.spool.raw_from(base, limit))
-            target = base
-            for record in read(view.read, SHA1, first_index=base):
-                if target == limit:
-                    return self._staged_whole(exactly, limit)
-                if sealed.exactly(len(record.raw)) != record.raw:
-                    raise self._head_changed(target)
-                target += 1
-            if exactly and target != limit:
+            target = self._identical(file, base, limit)
+            file.rewind()
+            whole = sum(1 for _record in read(_Buffered(file).read, SHA1, verify=False)) == target - base
+            if not whole or (exactly and target != limit):
                 return self._staged_whole(exactly, limit)
             self._intend(base, target)
             self.lists.delete_staged(file)
@@ -822,19 +922,18 @@ class _Watch:
     """Looks for the index at which all observed PCR values hold at once."""
 
     def __init__(self, replay: Replay, observed: Values | None, cut: int) -> None:
-        self._targets = {
-            int(pcr): [
-                (slot, bytes.fromhex(banks[each.bank])) for slot, each in enumerate(replay.slots) if each.bank in banks
-            ]
+        slots = list(enumerate(each.bank for each in replay.slots))
+        targets = {
+            int(pcr): [(slot, bytes.fromhex(banks[bank])) for slot, bank in slots if bank in banks]
             for pcr, banks in (observed or {}).items()
         }
+        self._targets = {pcr: wanted for pcr, wanted in targets.items() if wanted}
         self._replay = replay
-        self.reached: int | None = cut if observed and self._hold() else None
+        self.reached: int | None = cut if self._hold() else None
 
     def _hold(self) -> bool:
-        return all(
-            self._replay.row(pcr)[slot] == value for pcr, wanted in self._targets.items() for slot, value in wanted
-        )
+        pairs = [(pcr, slot, value) for pcr, wanted in self._targets.items() for slot, value in wanted]
+        return bool(pairs) and all(self._replay.row(pcr)[slot] == value for pcr, slot, value in pairs)
 
     def see(self, record: Record, row: list[bytes]) -> None:
         """Look at the values after ``record``."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import typing as t
 
 from ansible_collections.integrity.ima.plugins.module_utils import _durable
@@ -46,6 +47,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._shard import (
 
 FORMAT = b'{"format":"integrity.ima spool","version":1}'
 _ACK_SUFFIX = ".ack"
+_IGNORED = re.compile(r"\.|lost\+found\Z|(?:.*\.)?lock\Z")
 _EMPTY_JOURNAL: dict[str, t.Any] = {
     "version": 1,
     "boot_id": None,
@@ -90,7 +92,7 @@ class Spool:
         if found == FORMAT:
             return True
         if found is None:
-            names = [name for name in os.listdir(self.directory) if name != "lock" and not name.startswith(".")]
+            names = [name for name in os.listdir(self.directory) if not _IGNORED.match(name)]
             if not names:
                 return False
         newer = found is not None and found.startswith(FORMAT[:30]) and found != FORMAT
@@ -136,6 +138,8 @@ class Spool:
         for orphan in self._orphans():
             path = os.path.join(self.shards, orphan.shard)
             if sealing and entry_of(sealing) == orphan and self._continues(sealing) and self._holds(path, sealing):
+                _durable.sync_directory(os.path.dirname(path))
+                _durable.sync_directory(self.shards)
                 self._seal_manifest(sealing)
                 done.append(f"sealed shard {orphan.sequence}, which a dead run had made durable")
             else:
@@ -181,6 +185,8 @@ class Spool:
         if self._entries is None:
             names = set(self._names())
             entries = sorted(entry for entry, suffix in names if suffix == MANIFEST_SUFFIX)
+            if entries and entries[0].sequence != 1:
+                raise self._fault("spool_gap", f"Shards 1 to {entries[0].sequence - 1} are missing", entries[0])
             for before, after in zip(entries, entries[1:]):
                 self._adjacent(before, after)
             for entry in entries:
@@ -246,7 +252,8 @@ class Spool:
     def reader(self, entry: Entry) -> tuple[t.BinaryIO, ShardReader]:
         """Return the open file of a shard (to be closed by the caller) and its checking reader."""
         path = os.path.join(self.shards, entry.shard)
-        file = open(path, "rb")
+        with _durable.failing(path, "open"):
+            file = open(path, "rb")
         return file, ShardReader(file, self.manifest(entry), path)
 
     def raw_from(self, index: int, end: int | None = None) -> t.Iterator[bytes]:
@@ -266,7 +273,8 @@ class Spool:
 
     def chunk(self, entry: Entry, offset: int, size: int) -> dict[str, t.Any]:
         """Return ``size`` bytes of a shard's file from ``offset`` on, in base64."""
-        with open(os.path.join(self.shards, entry.shard), "rb") as file:
+        path = os.path.join(self.shards, entry.shard)
+        with _durable.failing(path, "read"), open(path, "rb") as file:
             file.seek(offset)
             data = base64.b64encode(file.read(size)).decode("ascii")
         return {"sequence": entry.sequence, "offset": offset, "data": data}
@@ -301,8 +309,7 @@ class Spool:
 
     def acknowledge(self, entry: Entry, store: str, verdict: str, now: str) -> bool:
         """Record durably that ``store`` holds a shard (and what the verifier said). False: it was recorded already."""
-        before = self.acknowledgement(entry)
-        if before and (before["verdict"] or not verdict):
+        if self.acknowledged(entry, verdict):
             return False
         word = {
             "version": 1,
@@ -314,6 +321,11 @@ class Spool:
         }
         _durable.replace(self._acknowledgement_path(entry), canonical(word))
         return True
+
+    def acknowledged(self, entry: Entry, verdict: str) -> bool:
+        """Say whether the store's word on a shard is recorded, and a verdict if one is to be recorded now."""
+        before = self.acknowledgement(entry)
+        return bool(before and (before["verdict"] or not verdict))
 
     def acknowledgement(self, entry: Entry) -> dict[str, t.Any] | None:
         """Return the store's word on a shard, if it gave one on this very manifest; a torn one counts as none."""

@@ -15,10 +15,9 @@ import typing as t
 from ansible_collections.integrity.ima.plugins.module_utils import _durable
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError, WriteError
 from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import Record, read, to_ascii
-from ansible_collections.integrity.ima.plugins.module_utils._pcr import BANKS, Replay
 from ansible_collections.integrity.ima.plugins.module_utils._shard import Manifest, ShardReader, layout_of
 from ansible_collections.integrity.ima.plugins.module_utils._store._base import Store
-from ansible_collections.integrity.ima.plugins.module_utils._verifier import BROKEN, verify
+from ansible_collections.integrity.ima.plugins.module_utils._verifier import claims_of, verify
 
 
 def epoch_of(store: Store, host: str, boot_id: str) -> list[Manifest]:
@@ -31,25 +30,32 @@ def epoch_of(store: Store, host: str, boot_id: str) -> list[Manifest]:
         epochs[-1].append(manifest)
     found = [epoch for epoch in epochs if not boot_id or any(each["boot_id"] == boot_id for each in epoch)]
     if not found:
-        raise StoreError(
-            f"The store has no shard of {host}" + (f" from boot {boot_id}" if boot_id else ""),
-            reason="no_shard",
-            hint="the boots are the directories below the host's in the store",
-        )
+        raise _no_shard(host, boot_id)
     return found[-1]
+
+
+def _no_shard(host: str, boot_id: str) -> StoreError:
+    return StoreError(
+        f"The store has no shard of {host}" + (f" from boot {boot_id}" if boot_id else ""),
+        reason="no_shard",
+        hint="the boots are the directories below the host's in the store",
+    )
 
 
 def stitch(
     store: Store, host: str, boot_id: str, binary: str | None, text: str | None, check: bool
 ) -> dict[str, t.Any]:
-    """Write the whole binary and ASCII lists of one boot; nothing is written when the host's history is broken there.
+    """Write the whole binary and ASCII lists of one boot; nothing is written unless the whole chain is sound.
+
+    What the host itself reported (a kexec that lost records, a foreign trim) does not forbid it; the result says it.
 
     Raises :class:`StoreError` (``broken`` with the verdict's reason in ``fault``, ``no_shard``), :class:`ListError`
     ``unknown_template`` when a record cannot be rendered, :class:`WriteError`.
     """
-    epoch = epoch_of(store, host, boot_id)
-    verdict = verify(store, host, ())
-    if verdict.verdict == BROKEN and not _readable(store, host, epoch):
+    if not store.entries(host):
+        raise _no_shard(host, boot_id)
+    verdict = verify(store, host, claims_of(store).get(host, []))
+    if not verdict.sound:
         raise StoreError(
             f"The history of {host} is broken: {verdict.message}",
             reason="broken",
@@ -58,6 +64,7 @@ def stitch(
             sequence=verdict.sequence,
             hint="integrity.ima.ima_verify says more",
         )
+    epoch = epoch_of(store, host, boot_id)
     changed = [
         path
         for path, render in ((binary, _raw), (text, _ascii))
@@ -66,6 +73,8 @@ def stitch(
     last = epoch[-1]
     return {
         "changed": bool(changed),
+        "verdict": verdict.verdict,
+        "fault": verdict.reason,
         "boot_id": last["boot_id"],
         "records": last["first"] + last["count"],
         "shards": len(epoch),
@@ -73,14 +82,6 @@ def stitch(
         "padded": last["padded"],
         "violations": sum(manifest["violations"] for manifest in epoch),
     }
-
-
-def _readable(store: Store, host: str, epoch: list[Manifest]) -> bool:
-    """Say whether this epoch's own bytes replay from zero to its end, whatever is wrong elsewhere in the history."""
-    banks = [bank for bank in BANKS if any(bank in row for row in epoch[-1]["pcrs_end"].values())]
-    replay = Replay(banks, {}, padded=epoch[-1]["padded"])
-    replay.run(record for record, _order in _records(store, host, epoch))
-    return bool(replay.values() == epoch[-1]["pcrs_end"])
 
 
 def _records(store: Store, host: str, epoch: list[Manifest]) -> t.Iterator[tuple[Record, str]]:
@@ -108,8 +109,9 @@ def _rendered(
 def _write(path: str, pieces: t.Iterator[bytes], check: bool) -> bool:
     """Replace ``path`` by the pieces unless it has these bytes already; False when nothing changes."""
     directory = os.path.dirname(path)
-    if not os.path.isdir(directory):
-        raise WriteError(f"The directory {directory} does not exist", reason="no_directory", path=directory)
+    if not os.path.isdir(directory) or os.path.isdir(path):
+        what = f"{path} is a directory" if os.path.isdir(path) else f"The directory {directory} does not exist"
+        raise WriteError(what, reason="no_directory", path=path)
     digest = hashlib.sha256()
     if check:
         for piece in pieces:

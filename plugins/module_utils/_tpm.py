@@ -12,6 +12,7 @@ TPMT_SIGNATURE (11.3.4), TPMS_CLOCK_INFO (10.11.1). All integers are big-endian.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import struct
@@ -139,6 +140,18 @@ def check_quote(attest: bytes, signature: bytes, key: str, extra: bytes, values:
     return quote
 
 
+def check_document(quote: dict[str, t.Any], identity: dict[str, t.Any]) -> Attest:
+    """Check a quote document (of the schema) against a host's recorded identity. Raises as :func:`check_quote`."""
+    if identity.get("machine_id") != quote["machine_id"]:
+        raise QuoteError("The quote is of a machine whose attestation key is not known", reason="quote_identity")
+    extra = qualifying_data(quote["nonce"], quote["machine_id"], quote["boot_id"], quote["sequence"], quote["manifest"])
+    try:
+        attest, signature = (base64.b64decode(quote[key], validate=True) for key in ("attest", "signature"))
+    except ValueError as error:
+        raise QuoteError("The quote is not base64", reason="malformed_quote") from error
+    return check_quote(attest, signature, identity["ak"], extra, quote["pcrs"])
+
+
 def _check_signature(attest: bytes, signature: bytes, key: str) -> str:
     """Verify a TPMT_SIGNATURE over ``attest``; return its hash algorithm."""
     try:
@@ -155,7 +168,7 @@ def _check_signature(attest: bytes, signature: bytes, key: str) -> str:
     scheme, algorithm = reader.number(2), _HASHES.get(reader.number(2), "")
     if algorithm not in ("sha256", "sha384", "sha512"):
         raise QuoteError("The signature's hash is not one that can be trusted", reason="quote_signature")
-    chosen = {"sha256": hashes.SHA256, "sha384": hashes.SHA384, "sha512": hashes.SHA512}[algorithm]()
+    chosen = {"sha256": hashes.SHA256(), "sha384": hashes.SHA384(), "sha512": hashes.SHA512()}[algorithm]
     try:
         public = serialization.load_pem_public_key(key.encode("ascii"))
         if isinstance(public, rsa.RSAPublicKey) and scheme in (_RSASSA, _RSAPSS):

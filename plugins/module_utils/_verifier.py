@@ -32,6 +32,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._measurement_list im
     read,
 )
 from ansible_collections.integrity.ima.plugins.module_utils._pcr import BANKS, Replay
+from ansible_collections.integrity.ima.plugins.module_utils._schema import QUOTE, parse
 from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     MANIFEST_SUFFIX,
     SHARD_SUFFIX,
@@ -46,9 +47,11 @@ from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     parse_manifest,
 )
 from ansible_collections.integrity.ima.plugins.module_utils._store._base import Head, Store, follows
+from ansible_collections.integrity.ima.plugins.module_utils._tpm import QuoteError, check_document
 
 ATTESTED, CONSISTENT, STALE, BROKEN = "attested", "consistent", "stale", "broken"
-CLAIMS_READ = 64  # newest fleet documents that are compared; older ones stay as evidence
+CLAIMS_READ = 64  # fleet documents that are compared at least; and always the newest in which a host was present
+MOST_WARNINGS = 50
 # What a host says of itself, or a rotation of a host, that means that its history has a hole or cannot be trusted.
 _FATAL = frozenset(
     (
@@ -93,8 +96,16 @@ class Verdict:
     emulated: bool = False
     aggregate_digest: str = ""
     pcrs: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    quotes: int = 0
+    attested_to: int | None = None
     seen: str = ""
     warnings: list[str] = dataclasses.field(default_factory=list)
+    sound: bool = False
+
+    def warn(self, what: str) -> None:
+        """Add a warning, unless there are very many."""
+        if len(self.warnings) < MOST_WARNINGS:
+            self.warnings.append(what)
 
     def broken(self, fault: ImaError) -> None:
         """Take the first fault as the verdict."""
@@ -112,42 +123,69 @@ class Claim(t.NamedTuple):
 
 
 def claims_of(store: Store) -> dict[str, list[Claim]]:
-    """Return what the newest fleet documents say of each host, oldest first. A document that cannot be read raises."""
+    """Return what the fleet documents say of each host, oldest first: the newest 64 of them, and as many more as it
+    takes to find the newest one in which each of these hosts was present.
+
+    Raises :class:`StoreError` for a document that cannot be read, is not canonical, or has another name.
+    """
     claims: dict[str, list[Claim]] = {}
-    for run in store.runs()[-CLAIMS_READ:]:
+    absent: set[str] = set()
+    for number, run in enumerate(reversed(store.runs())):
+        if number >= CLAIMS_READ and not absent:
+            break
         document = store.run(run)
         if document["run"] != run:
             raise StoreError(f"The fleet document {run} calls itself {document['run']}", reason="fleet_document")
         for host, said in document["hosts"].items():
-            claims.setdefault(host, []).append(Claim(run, document["time"], said))
+            claims.setdefault(host, []).insert(0, Claim(run, document["time"], said))
+        absent = {host for host, said in claims.items() if all(each.said["status"] == "missing" for each in said)}
     return claims
 
 
-def verify(store: Store, host: str, claims: t.Sequence[Claim], max_age: int = 0, now: float | None = None) -> Verdict:
+def verify(
+    store: Store,
+    host: str,
+    claims: t.Sequence[Claim],
+    max_age: int = 0,
+    now: float | None = None,
+    *,
+    newest_boot: bool = False,
+) -> Verdict:
     """Return the verdict on a host: every shard read again, every record hashed, every claim compared.
 
-    ``max_age`` in seconds (0: any age): how long ago the host may last have answered.
+    ``max_age`` in seconds (0: any age): how long ago the host may last have answered. ``newest_boot``: what the host
+    itself reported of earlier epochs does not count.
     """
     verdict = Verdict()
+    now = time.time() if now is None else now
     try:
         history = _History(store, host, verdict)
         history.walk()
         _compare(history, claims, verdict)
-    except (Broken, ManifestError, StoreError, ListError) as fault:
+        verdict.sound = True
+        history.attest()
+        history.reported(newest_boot)
+        if not newest_boot:
+            _missing(claims, verdict)
+    except (Broken, ManifestError, StoreError, ListError, QuoteError) as fault:
         verdict.broken(fault)
-    _seen(verdict, claims)
-    if verdict.verdict == CONSISTENT and max_age:
-        age = (time.time() if now is None else now) - _seconds(verdict.seen)
-        if age > max_age:
+    except OSError as error:
+        verdict.broken(Broken(f"a file of this host cannot be read: {error.strerror}", reason="unreadable"))
+    _seen(verdict, claims, now)
+    if verdict.verdict in (ATTESTED, CONSISTENT) and max_age:
+        if now - _seconds(verdict.seen) > max_age:
             verdict.verdict, verdict.reason = STALE, "stale"
             verdict.message = f"the host last answered at {verdict.seen or 'no known time'}"
     return verdict
 
 
-def _seen(verdict: Verdict, claims: t.Sequence[Claim]) -> None:
+def _seen(verdict: Verdict, claims: t.Sequence[Claim], now: float) -> None:
     """The controller's word on when the host last answered goes before the host's own clock."""
-    answered = [claim.time for claim in claims if claim.said["status"] == "present"]
-    verdict.seen = max(answered) if answered else verdict.seen
+    times = [claim.time for claim in claims if claim.said["status"] == "present"] or [verdict.seen]
+    past = [each for each in times if _seconds(each) <= now + 300]
+    if len(past) < len(times):
+        verdict.warn("a time in the future was recorded; it does not count")
+    verdict.seen = max(past, default="")
 
 
 def _seconds(text: str) -> float:
@@ -165,10 +203,12 @@ class _History:
         names, other = store.names(host)
         self._names = names
         self._entries = sorted(entry for entry, suffix in names if suffix == MANIFEST_SUFFIX)
-        verdict.warnings += [f"{len(other)} names in the store are neither shards nor manifests"] if other else []
+        if other:
+            verdict.warn(f"{len(other)} names in the store are neither shards nor manifests")
         self.digests: dict[int, str] = {}
         self.manifests: dict[int, Manifest] = {}
-        self._first_fault: Broken | None = None
+        self._reported: list[tuple[int, Broken]] = []
+        self._points: list[_Point] = []
 
     def walk(self) -> None:
         """Check everything; raise the first fault."""
@@ -179,11 +219,23 @@ class _History:
             self._in_order(number, entry)
             head = self._manifest(entry, head)
         self._orphans()
-        replays = _Epochs()
+        self._points = self._quoted()
+        replays = _Epochs(self._points)
         for entry in self._entries:
             self._shard(entry, replays)
-        if self._first_fault:
-            raise self._first_fault
+
+    def reported(self, newest_boot: bool) -> None:
+        """Raise the first fault that the host itself reported (of the newest epoch only, if so asked)."""
+        first = max((entry.sequence for entry in self._entries if entry.first == 0), default=0)
+        for sequence, fault in self._reported:
+            if not newest_boot or sequence >= first:
+                raise fault
+        evidence = self._store.evidence(self._host)
+        if evidence:
+            raise Broken(
+                f"{len(evidence)} manifests of this host contradict what is here; they are kept as evidence",
+                reason="equivocation",
+            )
 
     def _in_order(self, number: int, entry: Entry) -> None:
         if entry.sequence < number:
@@ -247,35 +299,32 @@ class _History:
         verdict.aggregate_digest, verdict.pcrs = self.digests[manifest["sequence"]], manifest["pcrs_end"]
         verdict.seen, verdict.boot_id = manifest["time"], manifest["boot_id"]
         for fault in manifest["faults"]:
-            self._host_said(fault)
-        same_reset = (
-            head and manifest["reset_count"] is not None and manifest["reset_count"] == head.manifest["reset_count"]
-        )
-        if (
-            head
-            and manifest["first"] == 0
-            and same_reset
-            and not any(f["reason"] == "kexec" for f in manifest["faults"])
-        ):
-            self._keep(
-                Broken(
-                    f"boot {manifest['boot_id']} began without a TPM reset, yet its list began anew: a kexec that "
-                    "did not carry the list over",
-                    reason="kexec",
-                    boot_id=head.manifest["boot_id"],
-                    index=head.manifest["first"] + head.manifest["count"],
-                    sequence=manifest["sequence"],
-                )
+            self._host_said(manifest["sequence"], fault)
+        if head is not None and manifest["first"] == 0:
+            self._new_boot(manifest, head.manifest)
+
+    def _new_boot(self, manifest: Manifest, before: Manifest) -> None:
+        """What a boot that began anew means for the one before it."""
+        end, boot_id = before["first"] + before["count"], before["boot_id"]
+        self._verdict.warn(f"records of boot {boot_id} from index {end} on, if there were any, were never exported")
+        reset = before["reset_count"]
+        told = any(fault["reason"] == "kexec" for fault in manifest["faults"])
+        if reset is not None and reset == manifest["reset_count"] and not told:
+            what = (
+                f"boot {manifest['boot_id']} began without a TPM reset, yet its list began anew: a kexec lost the list"
             )
+            where = {"boot_id": boot_id, "index": end, "sequence": manifest["sequence"]}
+            self._keep(manifest["sequence"], Broken(what, reason="kexec", **where))
 
-    def _host_said(self, fault: dict[str, t.Any]) -> None:
+    def _host_said(self, sequence: int, fault: dict[str, t.Any]) -> None:
         if fault["lost"]:
-            self._keep(Broken(fault["message"], reason=fault["reason"], boot_id=fault["boot_id"], index=fault["index"]))
+            where = {"boot_id": fault["boot_id"], "index": fault["index"], "sequence": sequence}
+            self._keep(sequence, Broken(fault["message"], reason=fault["reason"], **where))
         else:
-            self._verdict.warnings.append(f"{fault['reason']} at index {fault['index']}: {fault['message']}")
+            self._verdict.warn(f"{fault['reason']} at index {fault['index']}: {fault['message']}")
 
-    def _keep(self, fault: Broken) -> None:
-        self._first_fault = self._first_fault or fault
+    def _keep(self, sequence: int, fault: Broken) -> None:
+        self._reported.append((sequence, fault))
 
     def _orphans(self) -> None:
         sealed = set(self._entries)
@@ -283,7 +332,7 @@ class _History:
         if orphans and orphans[0].sequence <= len(self._entries):
             raise self._fault("repeated_shard", "a second shard file claims this sequence", orphans[0])
         if orphans:
-            self._verdict.warnings.append("a delivery was interrupted: a shard is here, its manifest is not yet")
+            self._verdict.warn("a delivery was interrupted: a shard is here, its manifest is not yet")
 
     def _shard(self, entry: Entry, epochs: _Epochs) -> None:
         manifest = self.manifests[entry.sequence]
@@ -297,6 +346,73 @@ class _History:
                 raise self._altered(entry, error) from error
             except ListError as error:
                 raise self._unless_altered(entry, reader, error) from error
+
+    def _quoted(self) -> list[_Point]:
+        """Return what the quotes say, each checked wholly. Raises :class:`QuoteError`, :class:`Broken`."""
+        identity = self._store.identity(self._host)
+        points: list[_Point] = []
+        resets: dict[str, int] = {}
+        for data in self._store.quotes(self._host):
+            quote = parse(data, QUOTE, f"a quote of {self._host}", QuoteError)
+            sequence = quote["sequence"]
+            where = {"sequence": sequence, "boot_id": quote["boot_id"]}
+            if identity is None:
+                raise Broken("there are quotes, but no attestation key is recorded", reason="quote_identity", **where)
+            try:
+                attest = check_document(quote, identity)
+            except QuoteError as error:
+                raise Broken(error.msg, reason=error.reason, **where) from error
+            manifest = self.manifests.get(sequence)
+            if (
+                manifest is None
+                or self.digests[sequence] != quote["manifest"]
+                or manifest["boot_id"] != quote["boot_id"]
+            ):
+                raise Broken(f"a quote follows a shard {sequence} that is not here", reason="missing_shard", **where)
+            resets.setdefault(quote["boot_id"], attest.reset_count)
+            points.append(_Point(sequence, quote["boot_id"], quote["pcrs"]))
+        self._same_reset(resets)
+        self._verdict.quotes = len(points)
+        return points
+
+    def _same_reset(self, resets: dict[str, int]) -> None:
+        """Two boots between which the TPM was not reset, yet the list began anew: a kexec that lost it."""
+        before: Manifest | None = None
+        for sequence in sorted(self.manifests):
+            manifest = self.manifests[sequence]
+            if before is not None and manifest["first"] == 0:
+                old, new = resets.get(before["boot_id"]), resets.get(manifest["boot_id"])
+                end = before["first"] + before["count"]
+                where = {"boot_id": before["boot_id"], "index": end, "sequence": sequence}
+                if old is not None and old == new:
+                    what = f"the TPM signs that boot {manifest['boot_id']} began without a reset: a kexec lost the list"
+                    self._keep(sequence, Broken(what, reason="kexec", **where))
+                elif old is not None and new is not None and new < old:
+                    what = "the TPM's reset counter went back: another TPM"
+                    self._keep(sequence, Broken(what, reason="reset_count", **where))
+            before = manifest
+
+    def attest(self) -> None:
+        """Raise what makes a quote worthless; take ``attested`` when the newest one covers the newest shards."""
+        points = self._points
+        if not points:
+            return
+        last = len(self._entries)
+        for point in points:
+            if point.index is None and point.sequence < last:
+                raise Broken(
+                    "the list never reaches the PCR values that the TPM signed",
+                    reason="quote_not_reached",
+                    boot_id=point.boot_id,
+                    sequence=point.sequence,
+                )
+        newest = max(
+            (point for point in points if point.index is not None), key=lambda each: each.sequence, default=None
+        )
+        if newest is None or newest.sequence < last - 1 or newest.boot_id != self._entries[-1].boot_id:
+            self._verdict.warn("the newest shards are not covered by a quote")
+        else:
+            self._verdict.verdict, self._verdict.attested_to = ATTESTED, newest.index
 
     def _unless_altered(self, entry: Entry, reader: ShardReader, error: ListError) -> ImaError:
         """A record that is wrong in a file that is not the sealed one is the file's fault."""
@@ -330,17 +446,61 @@ class _History:
         return wanted
 
 
-class _Epochs:
-    """Replays shard after shard, from zero at the beginning of each epoch."""
+@dataclasses.dataclass
+class _Point:
+    """What a quote signs, and the index at which the replay reaches it."""
 
-    def __init__(self) -> None:
-        self._replay: Replay | None = None
+    sequence: int
+    boot_id: str
+    pcrs: dict[str, dict[str, str]]
+    index: int | None = None
+
+
+class _Observed:
+    """The TPM's values that the host read before the list: the replay must hold them where the manifest says."""
+
+    def __init__(self, manifest: Manifest, faulty: bool) -> None:
+        observed = manifest["observed"]
+        self._where = {key: manifest[key] for key in ("boot_id", "sequence")}
+        self._pcrs = observed["pcrs"] if observed else {}
+        self._index = observed["index"] if observed else None
+        self._held = observed is None or (self._index is None and faulty)
+        # The number of this shard's records after which they must hold.
+        self.at = -1 if self._held or self._index is None else self._index - manifest["first"]
+
+    def see(self, replay: Replay) -> None:
+        """Compare, when the replay is there."""
+        if replay.records == self.at and not self._held:
+            values = replay.values()
+            pairs = [
+                (values.get(pcr, {}).get(bank), value) for pcr, row in self._pcrs.items() for bank, value in row.items()
+            ]
+            known = [found == value for found, value in pairs if found is not None]
+            self._held = bool(known) and all(known)
+
+    def met(self) -> None:
+        """Raise :class:`Broken` ``pcr_mismatch`` if they did not hold."""
+        if not self._held:
+            what = "the TPM's values that the host read do not hold where its manifest says"
+            raise Broken(what, reason="pcr_mismatch", index=self._index, **self._where)
+
+
+class _Epochs:
+    """Replays shard after shard, and looks for the quoted values on the way."""
+
+    def __init__(self, points: t.Sequence[_Point]) -> None:
+        self._points = points
+        self._faulty = False
 
     def replay(self, manifest: Manifest, records: t.Iterator[Record], anchors: dict[int, tuple[bytes, bytes]]) -> None:
         """Replay one shard and compare with what its manifest says. Raises :class:`Broken`."""
         banks = [bank for bank in BANKS if any(bank in row for row in manifest["pcrs_end"].values())]
         replay = Replay(banks, manifest["pcrs_start"], padded=manifest["padded"])
-        replay.run(_looking(records, manifest, anchors))
+        if manifest["first"] == 0:
+            self._faulty = False
+        self._faulty = self._faulty or any(fault["lost"] for fault in manifest["faults"])
+        watch = _Observed(manifest, self._faulty)
+        self._run(replay, manifest, _looking(records, manifest, anchors, self._boot_aggregates(manifest)), watch)
         where = {"boot_id": manifest["boot_id"], "index": manifest["first"], "sequence": manifest["sequence"]}
         if replay.records != manifest["count"]:
             raise Broken(
@@ -354,10 +514,58 @@ class _Epochs:
                 reason="pcr_mismatch",
                 **where,
             )
+        watch.met()
+
+    def _run(self, replay: Replay, manifest: Manifest, records: t.Iterator[Record], watch: _Observed) -> None:
+        """Replay, and note where each quote that may be reached from here on holds."""
+        slots = [slot.bank for slot in replay.slots]
+        waiting = [p for p in self._points if p.index is None and p.sequence <= manifest["sequence"]]
+
+        def holds(point: _Point) -> bool:
+            return all(
+                point.pcrs.get(str(pcr), {}).get(bank, value.hex()) == value.hex()
+                for pcr, row in replay.rows.items()
+                for bank, value in zip(slots, row)
+            )
+
+        def note(tens: dict[str, list[_Point]], row: list[bytes]) -> None:
+            for point in tens.get(row[0].hex(), ()):
+                if point.index is None and holds(point):
+                    point.index = manifest["first"] + replay.records
+
+        tens: dict[str, list[_Point]] = {}
+        for point in waiting:
+            for pcr in manifest["pcrs_end"]:
+                tens.setdefault(point.pcrs.get(pcr, {}).get(slots[0], ""), []).append(point)
+        for row in [replay.row(int(pcr)) for pcr in manifest["pcrs_start"]] if tens else []:
+            note(tens, row)
+        watch.see(replay)
+        for row in replay.steps(records):
+            if tens:
+                note(tens, row)
+            if replay.records == watch.at:
+                watch.see(replay)
+
+    def _boot_aggregates(self, manifest: Manifest) -> dict[str, bytes]:
+        """Return what boot_aggregate must be in this boot, by hash, where a quote tells PCRs 0 to 9."""
+        for point in self._points:
+            if point.boot_id == manifest["boot_id"]:
+                return {
+                    bank: hashlib.new(
+                        bank,
+                        b"".join(bytes.fromhex(point.pcrs[str(n)][bank]) for n in range(8 if bank == "sha1" else 10)),
+                    ).digest()
+                    for bank in BANKS
+                    if all(bank in point.pcrs.get(str(n), {}) for n in range(10))
+                }
+        return {}
 
 
 def _looking(
-    records: t.Iterator[Record], manifest: Manifest, anchors: dict[int, tuple[bytes, bytes]]
+    records: t.Iterator[Record],
+    manifest: Manifest,
+    anchors: dict[int, tuple[bytes, bytes]],
+    boot_aggregates: dict[str, bytes],
 ) -> t.Iterator[Record]:
     """Pass the records through; the first of an epoch must be a boot_aggregate, and anchors what they claim to be."""
     where = {"boot_id": manifest["boot_id"], "sequence": manifest["sequence"]}
@@ -367,10 +575,16 @@ def _looking(
             raise Broken(
                 "the first record of the boot is not boot_aggregate", reason="no_boot_aggregate", index=0, **where
             )
+        if record.index == 0 and boot_aggregates:
+            algorithm, value = file_digest(record, order)
+            if boot_aggregates.get(algorithm, value) != value:
+                what = "boot_aggregate is not the digest of the PCRs that the TPM signed"
+                raise Broken(what, reason="boot_aggregate", index=0, **where)
         if record.index in anchors:
             name, content = anchors[record.index]
             algorithm, value = file_digest(record, order)
-            if not event_name(record, order).endswith(b"/" + name) or hashlib.new(algorithm, content).digest() != value:
+            bound = algorithm in BANKS and hashlib.new(algorithm, content).digest() == value
+            if not bound or not event_name(record, order).endswith(b"/" + name):
                 raise Broken(
                     "the anchor's record does not hold the aggregate", reason="anchor", index=record.index, **where
                 )
@@ -408,17 +622,18 @@ def _compare(history: _History, claims: t.Sequence[Claim], verdict: Verdict) -> 
             raise Broken(
                 f"what rotation {claim.run} recorded does not fit the manifest", reason="claim_mismatch", **where
             )
+
+
+def _missing(claims: t.Sequence[Claim], verdict: Verdict) -> None:
+    """Raise what the last rotation could not do with this host, if that means a hole in its history."""
     last = claims[-1] if claims else None
-    if last and last.said["status"] == "missing":
-        why = f"missing at rotation {last.run}: {last.said['reason']}: {last.said['message']}"
-        if last.said["reason"] in _FATAL:
-            raise Broken(
-                last.said["message"],
-                reason=last.said["reason"],
-                index=last.said.get("index"),
-                boot_id=last.said.get("boot_id", verdict.boot_id),
-            )
-        verdict.warnings.append(why)
+    if last is None or last.said["status"] != "missing":
+        return
+    said = last.said
+    if said["reason"] in _FATAL:
+        where = {"index": said.get("index"), "boot_id": said.get("boot_id", verdict.boot_id)}
+        raise Broken(said["message"], reason=said["reason"], **where)
+    verdict.warn(f"missing at rotation {last.run}: {said['reason']}: {said['message']}")
 
 
 def worst(verdicts: t.Iterable[str]) -> str:
@@ -442,7 +657,12 @@ def verify_fleet(
     """
     claims = claims_of(store)
     newest = store.runs()[-1:]
-    known = set(store.hosts()) | {host for host, said in claims.items() if said[-1].run in newest}
+    known = set(store.hosts())
+    known |= {
+        h for h, said in claims.items() if said[-1].run in newest or any(c.said["status"] == "present" for c in said)
+    }
+    if not (hosts or known):
+        raise StoreError(f"{store.name} has no host to verify", reason="no_hosts", hint="is the store mounted?")
     verdicts = {host: verify(store, host, claims.get(host, []), max_age) for host in sorted(hosts or known)}
     result: dict[str, t.Any] = {
         "changed": False,

@@ -87,6 +87,10 @@ delivered:
   description: The number of shards that the store took.
   returned: success
   type: int
+quoted:
+  description: Whether the store took a quote of the host's TPM.
+  returned: success
+  type: bool
 rounds:
   description: The number of round trips.
   returned: success

@@ -15,7 +15,8 @@ description:
   - Joins the shards of one boot to the measurement list that the kernel would show if nothing had ever been trimmed,
     byte for byte, so that programs that know nothing of shards (C(evmctl), Keylime) can verify it.
   - Run it where the store is, usually on the controller.
-  - Nothing is written unless every record hashes and replays as the manifests say.
+  - Nothing is written unless the host's whole chain is sound and every record hashes and replays as the manifests say.
+    A loss that the host itself reported does not forbid it, and is in the result.
 extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.actiongroup_ima
@@ -69,6 +70,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+verdict:
+  description: The verdict on the host.
+  returned: success
+  type: str
+  sample: consistent
 boot_id:
   description: The UUID of the boot, the last one if a kexec carried the list over.
   returned: success
@@ -100,8 +106,8 @@ reason:
   type: str
   sample: broken
 fault:
-  description: The reason of the verdict, if the history is broken.
-  returned: failure
+  description: The reason of the verdict. It is empty if there is none.
+  returned: success or failure
   type: str
   sample: missing_shard
 """

@@ -122,6 +122,15 @@ hosts:
     seen:
       description: When the host last answered.
       type: str
+    sound:
+      description: Whether the chain itself is whole and unaltered, whatever the host reported.
+      type: bool
+    quotes:
+      description: The number of quotes that were checked.
+      type: int
+    attested_to:
+      description: The index up to which a TPM's quote speaks for the records, null if there is none.
+      type: int
     warnings:
       description: What does not change the verdict but should be known.
       type: list

@@ -19,7 +19,7 @@ import typing as t
 import urllib.parse
 
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError
-from ansible_collections.integrity.ima.plugins.module_utils._schema import FLEET, canonical, parse
+from ansible_collections.integrity.ima.plugins.module_utils._schema import FLEET, IDENTITY, canonical, parse
 from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     MANIFEST_SUFFIX,
     Entry,
@@ -43,7 +43,10 @@ class Head(t.NamedTuple):
 
 def encode_name(name: str) -> str:
     """Return an inventory name as one safe path component (percent-encoding, a leading dot too)."""
-    quoted = urllib.parse.quote(name, safe="")
+    try:
+        quoted = urllib.parse.quote(name, safe="")
+    except UnicodeEncodeError:
+        quoted = ""
     quoted = "%2E" + quoted[1:] if quoted.startswith(".") else quoted
     if not quoted or len(quoted) > 250:
         raise StoreError(f"{name!r:.300} cannot be the name of a host in a store", reason="host_name")
@@ -81,6 +84,10 @@ class Store(abc.ABC):
         """Return a shard's file. :class:`StoreError` ``missing_shard``."""
 
     @abc.abstractmethod
+    def has_shard(self, host: str, entry: Entry) -> bool:
+        """Say whether the file of a shard is here, with the size that its manifest gives."""
+
+    @abc.abstractmethod
     def unfinished(self, host: str) -> tuple[str, int] | None:
         """Return the manifest digest of an unfinished delivery, and how many bytes of the shard are here."""
 
@@ -93,8 +100,28 @@ class Store(abc.ABC):
         """Check a complete delivery against its manifest; publish shard, then manifest, durably, never overwriting."""
 
     @abc.abstractmethod
+    def quotes(self, host: str) -> list[bytes]:
+        """Return the quotes of a host, in the order of their names (the sequence comes first)."""
+
+    @abc.abstractmethod
+    def put_quote(self, host: str, quote: dict[str, t.Any]) -> None:
+        """Keep a checked quote beside the manifest that it follows; never over another."""
+
+    @abc.abstractmethod
+    def identity_bytes(self, host: str) -> bytes | None:
+        """Return what was recorded of a host's attestation key, or None."""
+
+    @abc.abstractmethod
+    def put_identity(self, host: str, data: bytes) -> bool:
+        """Record a host's attestation key, durably, never over another. False: it was there with these bytes."""
+
+    @abc.abstractmethod
     def keep_evidence(self, host: str, data: bytes) -> str:
         """Keep a manifest that contradicts what is here; return the name it got."""
+
+    @abc.abstractmethod
+    def evidence(self, host: str) -> list[str]:
+        """Return the names of what :meth:`keep_evidence` kept."""
 
     @abc.abstractmethod
     def runs(self) -> list[str]:
@@ -128,11 +155,15 @@ class Store(abc.ABC):
         return self.open_shard(host, entry_of(manifest))
 
     def head(self, host: str) -> Head | None:
-        """Return the newest shard of a host."""
-        entries = self.entries(host)
-        if not entries:
+        """Return the newest shard of a host up to which all are here: what an acknowledgement may speak of."""
+        whole: Entry | None = None
+        for entry in self.entries(host):
+            if entry.sequence != (whole.sequence if whole else 0) + 1 or not self.has_shard(host, entry):
+                break
+            whole = entry
+        if whole is None:
             return None
-        manifest = self.manifest(host, entries[-1])
+        manifest = self.manifest(host, whole)
         return Head(manifest, digest(canonical(manifest)))
 
     def accept(self, host: str, data: bytes, head: Head | None) -> Manifest:
@@ -175,6 +206,11 @@ class Store(abc.ABC):
             kept="what the store had; the shard on the host",
             hint="compare the host's spool with the store before anything is removed",
         )
+
+    def identity(self, host: str) -> dict[str, t.Any] | None:
+        """Return what was recorded of a host's attestation key, checked, or None."""
+        data = self.identity_bytes(host)
+        return parse(data, IDENTITY, f"the identity of {host}", StoreError) if data is not None else None
 
     def run(self, run: str) -> dict[str, t.Any]:
         """Return a fleet document, checked."""

@@ -13,12 +13,14 @@ import errno
 import fcntl
 import os
 import re
+import stat
 import typing as t
 
 from ansible_collections.integrity.ima.plugins.module_utils import _durable
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError, printable
 from ansible_collections.integrity.ima.plugins.module_utils._schema import LIMIT, canonical
 from ansible_collections.integrity.ima.plugins.module_utils._shard import (
+    BOOT_ID,
     Entry,
     Manifest,
     ShardReader,
@@ -31,6 +33,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._base import 
 FORMAT = b'{"format":"integrity.ima store","version":1}'
 _INCOMING = ".incoming"
 _EVIDENCE = "evidence"
+_QUOTE = re.compile(r"[0-9]{8}-[0-9a-f]{16}\.quote\.json\Z")
 
 
 class DirectoryStore(Store):
@@ -97,6 +100,9 @@ class DirectoryStore(Store):
                     hint="let it end; rotations of one host do not overlap",
                 ) from error
             self._tidy(directory)
+            for path in [directory, *_boot_directories(directory)]:
+                # A rotation that died may have published names without making them durable.
+                _durable.sync_directory(path)
             yield
         finally:
             os.close(descriptor)
@@ -109,20 +115,31 @@ class DirectoryStore(Store):
 
     def hosts(self) -> list[str]:
         """See :class:`Store`."""
-        return sorted(filter(None, (decode_name(name) for name in _names(os.path.join(self.directory, "hosts")))))
+        hosts = os.path.join(self.directory, "hosts")
+        # A rotation makes the directory before the host has answered: it counts when something is in it.
+        told = [
+            name
+            for name in _names(hosts)
+            if any(not each.startswith(".") for each in _names(os.path.join(hosts, name)))
+        ]
+        return sorted(filter(None, map(decode_name, told)))
 
     def names(self, host: str) -> tuple[set[tuple[Entry, str]], list[str]]:
         """See :class:`Store`."""
         known: set[tuple[Entry, str]] = set()
         other = []
         for boot_id in _names(self._host(host)):
-            if boot_id.startswith(".") or boot_id == _EVIDENCE:
+            if boot_id.startswith(".") or boot_id in (_EVIDENCE, "identity.json"):
                 continue
-            for name in _names(os.path.join(self._host(host), boot_id)) or [""]:
+            directory = os.path.join(self._host(host), boot_id)
+            if os.path.islink(directory) or not os.path.isdir(directory):
+                other.append(printable(boot_id))
+                continue
+            for name in _names(directory):
                 parsed = parse_name(boot_id, name)
                 if parsed:
                     known.add(parsed)
-                elif not name.endswith(_durable.TEMPORARY):
+                elif not name.endswith(_durable.TEMPORARY) and not _QUOTE.match(name):
                     other.append(printable(os.path.join(boot_id, name)))
         return known, sorted(other)
 
@@ -130,8 +147,8 @@ class DirectoryStore(Store):
         """See :class:`Store`."""
         try:
             return _small(os.path.join(self._host(host), entry.manifest), LIMIT + 1)
-        except FileNotFoundError as error:
-            raise self._missing(host, entry, "missing_manifest", "manifest") from error
+        except OSError as error:
+            raise self._missing(host, entry, "missing_manifest", "manifest", error) from error
 
     def open_shard(self, host: str, entry: Entry) -> t.BinaryIO:
         """See :class:`Store`."""
@@ -139,12 +156,23 @@ class DirectoryStore(Store):
             return os.fdopen(
                 os.open(os.path.join(self._host(host), entry.shard), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), "rb"
             )
-        except FileNotFoundError as error:
-            raise self._missing(host, entry, "missing_shard", "shard") from error
+        except OSError as error:
+            raise self._missing(host, entry, "missing_shard", "shard", error) from error
 
-    def _missing(self, host: str, entry: Entry, reason: str, what: str) -> StoreError:
+    def has_shard(self, host: str, entry: Entry) -> bool:
+        """See :class:`Store`."""
+        try:
+            status = os.lstat(os.path.join(self._host(host), entry.shard))
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_size == self.manifest(host, entry)["stored_size"]
+
+    def _missing(self, host: str, entry: Entry, reason: str, what: str, error: OSError) -> StoreError:
+        if not isinstance(error, FileNotFoundError):
+            reason = "unreadable"
         return StoreError(
-            f"The {what} {entry.stem} of {host} (records {entry.first} to {entry.end - 1}) is not in {self.name}",
+            f"The {what} {entry.stem} of {host} (records {entry.first} to {entry.end - 1}) cannot be had "
+            f"from {self.name}: {error.strerror}",
             reason=reason,
             index=entry.first,
             sequence=entry.sequence,
@@ -193,6 +221,36 @@ class DirectoryStore(Store):
         _durable.create(os.path.join(self._host(host), entry.manifest), data)
         _durable.remove(part)
 
+    def quotes(self, host: str) -> list[bytes]:
+        """See :class:`Store`."""
+        found = [
+            (name, os.path.join(self._host(host), boot_id, name))
+            for boot_id in _names(self._host(host))
+            if BOOT_ID.match(boot_id)
+            for name in _names(os.path.join(self._host(host), boot_id))
+            if _QUOTE.match(name)
+        ]
+        return [_small(path, LIMIT + 1) for _name, path in sorted(found)]
+
+    def put_quote(self, host: str, quote: dict[str, t.Any]) -> None:
+        """See :class:`Store`."""
+        data = canonical(quote)
+        name = f"{quote['sequence']:08d}-{digest(data)[:16]}.quote.json"
+        _durable.create(os.path.join(self._host(host), quote["boot_id"], name), data)
+
+    def identity_bytes(self, host: str) -> bytes | None:
+        """See :class:`Store`."""
+        try:
+            return _small(os.path.join(self._host(host), "identity.json"), LIMIT + 1)
+        except FileNotFoundError:
+            return None
+
+    def put_identity(self, host: str, data: bytes) -> bool:
+        """See :class:`Store`."""
+        self._prepare()
+        _durable.make_directory(self._host(host))
+        return _durable.create(os.path.join(self._host(host), "identity.json"), data)
+
     def keep_evidence(self, host: str, data: bytes) -> str:
         """See :class:`Store`."""
         directory = os.path.join(self._host(host), _EVIDENCE)
@@ -201,6 +259,11 @@ class DirectoryStore(Store):
         _durable.create(os.path.join(directory, name), data)
         return f"{_EVIDENCE}/{name}"
 
+    def evidence(self, host: str) -> list[str]:
+        """See :class:`Store`."""
+        names = _names(os.path.join(self._host(host), _EVIDENCE))
+        return sorted(printable(name) for name in names if not name.startswith("."))
+
     def runs(self) -> list[str]:
         """See :class:`Store`."""
         names = _names(os.path.join(self.directory, "fleet"))
@@ -208,13 +271,22 @@ class DirectoryStore(Store):
 
     def run_bytes(self, run: str) -> bytes:
         """See :class:`Store`."""
-        return _small(os.path.join(self.directory, "fleet", f"{run}.json"), 1 << 30)
+        try:
+            return _small(os.path.join(self.directory, "fleet", f"{run}.json"), 1 << 30)
+        except OSError as error:
+            raise StoreError(
+                f"The fleet document {run} in {self.name} cannot be read: {error.strerror}", reason="fleet_document"
+            ) from error
 
     def put_run(self, run: str, data: bytes) -> None:
         """See :class:`Store`."""
         self._prepare()
         _durable.make_directory(os.path.join(self.directory, "fleet"))
         _durable.create(os.path.join(self.directory, "fleet", f"{run}.json"), data)
+
+
+def _boot_directories(directory: str) -> list[str]:
+    return [os.path.join(directory, name) for name in _names(directory) if BOOT_ID.match(name)]
 
 
 def _names(directory: str) -> list[str]:
@@ -225,6 +297,7 @@ def _names(directory: str) -> list[str]:
 
 
 def _small(path: str, limit: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """Return the first ``limit`` bytes of a file, in no more memory than it has."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
-        return file.read(limit)
+        return file.read(min(limit, os.fstat(descriptor).st_size + 1))

@@ -1,0 +1,96 @@
+# Copyright (c) 2026, The integrity.ima authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Fixtures: hosts that boot when a test asks for them and are gone after it; the table at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import typing as t
+from pathlib import Path
+
+import pytest
+from host import Host
+from lab import LAB, TCB, VM
+
+REPORT: list[dict[str, t.Any]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", default="", help="only these kernels, with commas between them")
+    parser.addoption("--keep", action="store_true", help="leave the VMs of failed tests running")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the kernels that nobody asked for. One that is asked for and not built fails."""
+    chosen = set(filter(None, config.getoption("--kernels").split(",")))
+    for item in list(items):
+        marker = item.get_closest_marker("kernel")
+        kernel = marker.args[0] if marker else item.callspec.params["kernel"]  # type: ignore[attr-defined]
+        if chosen and kernel not in chosen:
+            items.remove(item)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel(label): the kernel that this test boots")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> t.Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call":
+        item.stash[FAILED] = report.failed
+    return report
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.fixture
+def boot(request: pytest.FixtureRequest, tmp_path: Path) -> t.Iterator[t.Callable[..., Host]]:
+    """Return a function that boots a host: ``boot(kernel, cmdline, banks, memory)``."""
+    hosts: list[Host] = []
+    vms: list[VM] = []
+
+    def make(kernel: str, cmdline: str = TCB, banks: t.Sequence[str] = ("sha1", "sha256"), memory: int = 512) -> Host:
+        title = request.node.originalname[5:25].strip("_")
+        vm = VM(f"{title}-{kernel}-{os.getpid()}-{len(vms)}", kernel, cmdline, banks, memory)
+        vms.append(vm)
+        host = Host(vm, tmp_path / f"host{len(hosts)}")
+        host.facts.update(test=request.node.name, kernel=vm.release)
+        hosts.append(host)
+        REPORT.append(host.facts)
+        return host
+
+    yield make
+    failed = request.node.stash.get(FAILED, True)
+    for vm in vms:
+        if failed:
+            print(f"\nconsole of {vm.name}:\n{vm.console_tail(40)}\nlogs: {tmp_path}")
+        if failed and request.config.getoption("--keep"):
+            print(f"left running: python3 tests/kernel/lab.py ssh {vm.name}")
+        else:
+            vm.purge()
+    if not failed:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter: t.Any) -> None:
+    """Say what was seen on each kernel."""
+    if not REPORT:
+        return
+    terminalreporter.section(f"kernel lab ({LAB})")
+    for facts in REPORT:
+        pcrs = " ".join(f"{bank}:{said}" for bank, said in facts.get("pcr10", {}).items()) or "-"
+        counts = f"{facts['exported']} exported, {facts['trimmed']} trimmed, {facts.get('left', '-')} left"
+        words = [
+            f"{facts['test']}: {facts['kernel']} {facts.get('flavour', '')}".rstrip(),
+            f"{facts['rotations']} rotations: {counts}",
+            f"PCR 10 {pcrs}",
+            f"evmctl {facts.get('evmctl', '-')}",
+            f"{facts.get('verdict', '-')} {facts.get('reason', '')}".rstrip(),
+            facts.get("note", ""),
+        ]
+        terminalreporter.write_line(" · ".join(filter(None, words)))
