@@ -13,7 +13,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 captures=$here/../fixtures/captures/kernel-lab
 work=$(mktemp -d /tmp/ima-integration.XXXXXX)
-user= sudoers= made_run_sshd=0
+user='' sudoers='' made_run_sshd=0
 pids=()
 
 cleanup() {
@@ -133,13 +133,13 @@ else
     fi
 fi
 become=${become:-false} method=${method:-sudo}
-ports=($("$python" - << 'PYTHON'
+mapfile -t ports < <("$python" - << 'PYTHON'
 import socket
 
 sockets = [socket.create_server(("127.0.0.1", 0)) for _number in range(3)]
-print(*(each.getsockname()[1] for each in sockets))
+print(*(each.getsockname()[1] for each in sockets), sep="\n")
 PYTHON
-))
+)
 names=(export delete stage) flavours=(export_only delete_n staged)
 {
     echo '[fleet]'

@@ -55,8 +55,8 @@ KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 def run(*command: t.Any, **options: t.Any) -> str:
     """Run a program at the lowest priority; return what it printed."""
     words = ["nice", "-n", "19", *map(str, command)]
-    pipe: dict[str, t.Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "check": False}
-    done: subprocess.CompletedProcess[str] = subprocess.run(words, **pipe, **options)
+    pipe: dict[str, t.Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done: subprocess.CompletedProcess[str] = subprocess.run(words, check=False, **pipe, **options)
     if done.returncode:
         raise LabError(f"{' '.join(words[3:])[:300]} failed ({done.returncode}):\n{done.stdout[-3000:]}")
     return done.stdout

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # Copyright (c) 2026, The integrity.ima authors
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
@@ -16,7 +15,12 @@ import types
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 UTILS = ROOT / "plugins" / "module_utils"
 PACKAGE = "ansible_collections.integrity.ima.plugins.module_utils"
-DOCUMENTS = {"manifest.schema.json": "MANIFEST", "fleet.schema.json": "FLEET"}
+DOCUMENTS = {
+    "manifest.schema.json": "MANIFEST",
+    "fleet.schema.json": "FLEET",
+    "quote.schema.json": "QUOTE",
+    "identity.schema.json": "IDENTITY",
+}
 
 
 def load(name: str) -> types.ModuleType:

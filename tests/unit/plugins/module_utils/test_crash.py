@@ -175,7 +175,7 @@ def sweep(
     scene: Scene,
     work: Work,
     check: t.Callable[[Host], None],
-    modes: t.Iterable[str] = MODES,
+    modes: t.Iterable[str] = tuple(MODES),
     bare: list[str] | None = None,
 ) -> int:
     """Strike at every call in every mode; the number of faults delivered. ``bare`` gets what was no ``ImaError``."""

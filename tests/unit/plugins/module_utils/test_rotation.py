@@ -155,13 +155,13 @@ def test_check_mode_foresees_the_delivery_of_what_was_sealed_before(host: suppor
 def test_check_mode_foresees_an_anchor_and_the_trim_to_it(tmp_path: Path) -> None:
     host = support.Host(tmp_path / "h", trim_after="local")
     host.grow(5)
-    want = {"to": "cut", "records": 0, "anchor": 1, "make_anchor": True}
+    want = {"to": "cut", "records": 0, "anchor": 1}
     config = load(host.config)
     host_side.export(config, False)
-    host_side.trim(config, **dict(want, make_anchor=False), check=False)
+    host_side.trim(config, **want, make_anchor=False, check=False)
     host.grow(3)
-    foreseen = host_side.trim(config, **want, check=True)["changed"]
-    assert host_side.trim(config, **want, check=False)["changed"] is True
+    foreseen = host_side.trim(config, **want, make_anchor=True, check=True)["changed"]
+    assert host_side.trim(config, **want, make_anchor=True, check=False)["changed"] is True
     assert foreseen is True
 
 

@@ -106,9 +106,9 @@ DOCUMENTS = {
 }
 
 
-def reason(data: bytes, schema: dict[str, t.Any] = ACKNOWLEDGEMENT, **arguments: t.Any) -> str:
+def reason(data: bytes, schema: dict[str, t.Any] | None = None, **arguments: t.Any) -> str:
     with pytest.raises(ManifestError) as caught:
-        parse(data, schema, "it", ManifestError, **arguments)
+        parse(data, schema or ACKNOWLEDGEMENT, "it", ManifestError, **arguments)
     assert "it " in str(caught.value) and len(str(caught.value)) < 1000
     return caught.value.reason
 
