@@ -147,7 +147,8 @@ class NewFile:
         """Let go of the directory until publishing: many files may wait for that at once."""
         directory, self._directory = self._directory, -1
         if directory >= 0:
-            os.close(directory)
+            with failing(self.path, "close the directory of"):
+                os.close(directory)
 
     def publish_as(self, name: str) -> bool:
         """Publish under another name of the same directory, one that was not known when the file was begun."""

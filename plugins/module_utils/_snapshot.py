@@ -585,7 +585,8 @@ class Cycle:
         made = _durable.create(path, content)
         index = None if made else self._find(path)
         if index is None:
-            self.lists.files.measure(path)
+            with _durable.failing(path, "have the kernel measure"):
+                self.lists.files.measure(path)
             index = self._find(path)
         return Anchor(name, _durable.digest_of(path), index, made)
 
