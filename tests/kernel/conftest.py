@@ -26,11 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the kernels that nobody asked for. One that is asked for and not built fails."""
     chosen = set(filter(None, config.getoption("--kernels").split(",")))
-    for item in list(items):
+    unwanted = []
+    for item in items:
         marker = item.get_closest_marker("kernel")
         kernel = marker.args[0] if marker else item.callspec.params["kernel"]  # type: ignore[attr-defined]
         if chosen and kernel not in chosen:
-            items.remove(item)
+            unwanted.append(item)
+    items[:] = [item for item in items if item not in unwanted]
+    config.hook.pytest_deselected(items=unwanted)
 
 
 def pytest_configure(config: pytest.Config) -> None:
