@@ -13,7 +13,7 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 from ansible_collections.integrity.ima.plugins.module_utils._fleet import missing
 from ansible_collections.integrity.ima.plugins.module_utils._module import failure_of
-from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostUnreachable, Rotation
+from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostFailed, HostUnreachable, Rotation
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
 
 
@@ -73,7 +73,9 @@ def _failed(host: str, error: Exception, result: dict[str, t.Any]) -> dict[str, 
     details = failure_of(error)
     where = {key: details.get(key) for key in ("index", "boot_id")}
     claim = missing(details["reason"], details["msg"], **where)
-    return dict(result, **dict(details, failed=True, msg=f"{host}: {details['msg']}", claim=claim))
+    # What the host itself said begins with its own name.
+    message = details["msg"] if isinstance(error, HostFailed) else f"{host}: {details['msg']}"
+    return dict(result, **dict(details, failed=True, msg=message, claim=claim))
 
 
 def _faulty(host: str, result: dict[str, t.Any]) -> dict[str, t.Any]:

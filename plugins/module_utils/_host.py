@@ -255,19 +255,21 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
         cycle.spool.recover()
         acknowledged = _acknowledge(cycle, params["have"])
         trimmed = _trim_what_may_go(cycle, witness=params["export"]) if cycle.spool.head else 0
-        exported, more = 0, False
+        more = False
         while params["export"]:
             done = _export_piece(cycle, params["anchor"])
-            exported, more = exported + done.records, done.more
+            more = done.more
             trimmed += _trim_what_may_go(cycle, witness=done.more)
             if not done.more or config.trim_after != "local":
                 break
-        quote, said, caught = _quote(cycle, params.get("nonce")) if exported and not more else (None, [], 0)
+        news = _sealed_since(cycle, before["sequence"]) and not more
+        quote, said = _quote(cycle, params.get("nonce")) if news else (None, [])
+        exported = _sealed_since(cycle, before["sequence"])
         answer = _pending(cycle, params)
         fault = cycle.blocked()
         answer.update(
             changed=bool(acknowledged or trimmed or exported),
-            exported=exported + caught,
+            exported=exported,
             trimmed=trimmed,
             more=more,
             fault=fault,
@@ -302,21 +304,27 @@ def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:
     }
 
 
-def _quote(cycle: Cycle, nonce: str | None) -> tuple[str | None, list[str], int]:
+def _sealed_since(cycle: Cycle, sequence: int) -> int:
+    """Return the number of records in the shards behind ``sequence``, those that a dead run had made included."""
+    return sum(entry.count for entry in cycle.spool.entries if entry.sequence > sequence)
+
+
+def _quote(cycle: Cycle, nonce: str | None) -> tuple[str | None, list[str]]:
     """Quote the PCRs behind the head, then export what that had measured, so that the quoted point is in a shard.
 
-    Returns the quote, what to warn of, and how many records came. Without a TPM, or where the tools fail, the shards
+    Returns the quote, and what to warn of. Without a TPM, or where the tools fail, the shards
     are delivered all the same: the verdict then says ``consistent``.
     """
     if not nonce or cycle.spool.head is None:
-        return None, [], 0
+        return None, []
     if cycle.lists.files.emulated or not cycle.lists.files.tpm_banks():
-        return None, [], 0
+        return None, []
     try:
         text = canonical(cycle.quote(nonce)).decode("ascii")
     except TpmError as error:
-        return None, [f"no quote: {error}"], 0
-    return text, [], cycle.export().records
+        return None, [f"no quote: {error}"]
+    cycle.export()
+    return text, []
 
 
 def enroll(config: Config, check: bool) -> Result:

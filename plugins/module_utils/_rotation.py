@@ -77,6 +77,8 @@ def _failure(raw: dict[str, t.Any]) -> HostFailed:
     reason, message = raw.get("reason"), raw.get("msg")
     if not isinstance(message, str):
         message = "the module gave no message"
+    if "deserialization failed" in message:
+        message = "the module ended without an answer: it was killed (out of memory?), or Python is broken on the host"
     message = printable(message)
     known = check(reason, {"type": "string", "pattern": "^[a-z0-9_]{1,40}$"}) == ""
     where = {

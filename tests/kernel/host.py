@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import json
@@ -259,6 +260,28 @@ class Host:
             done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
             assert done.returncode == 0 and "Matched per TPM bank" in done.stderr, f"evmctl, {bank}: {done.stderr}"
         return "match"
+
+    def check_quotes(self) -> int:
+        """Have tpm2_checkquote check every quote in the store, with values put together here; return how many."""
+        folder = self.store / "hosts" / self.name
+        identity = json.loads((folder / "identity.json").read_text())
+        (self.work / "ak.pem").write_text(identity["ak"])
+        quotes = sorted(folder.glob("*/*.quote.json"))
+        for path in quotes:
+            quote = json.loads(path.read_text())
+            signed = (quote[key] for key in ("nonce", "machine_id", "boot_id", "sequence", "manifest"))
+            extra = hashlib.sha256("\n".join(["integrity.ima quote 1", *map(str, signed)]).encode()).hexdigest()
+            files = {key: self.work / f"quote.{key}" for key in ("attest", "signature")}
+            for key, file in files.items():
+                file.write_bytes(base64.b64decode(quote[key]))
+            words = ["tpm2_checkquote", "-u", "ak.pem", "-m", files["attest"].name, "-s", files["signature"].name]
+            words += ["-g", "sha256", "-q", extra]
+            done = subprocess.run(words, cwd=self.work, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"tpm2_checkquote refuses {path.name}: {done.stderr}"
+            manifest = next(path.parent.glob(f"{quote['sequence']:08d}-*-*.json"))
+            assert hashlib.sha256(manifest.read_bytes()).hexdigest() == quote["manifest"], "it follows another shard"
+        self.facts["quotes"] = f"{len(quotes)} tpm2_checkquote ok"
+        return len(quotes)
 
     def check_stitched(self, boot_id: str = "") -> Result:
         """Compare what ima_stitch writes with the shards, joined by hand."""
