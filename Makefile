@@ -127,11 +127,20 @@ kernel-lab:
 kernel-lab-clean:
 	@$(PYTHON) tests/kernel/lab.py clean
 
-test-kernel: kernel-lab $(TEST_STAMP) collection
+# Keylime judges the stitched lists, from an environment of its own.
+KEYLIME := $(abspath $(BUILD))/keylime
+KEYLIME_STAMP := $(KEYLIME)/.installed-$(PYVER)
+export KEYLIME_PYTHON := $(KEYLIME)/bin/python
+
+$(KEYLIME_STAMP): requirements/keylime.txt tests/tools/venv.sh
+	@tests/tools/venv.sh "$(PYTHON)" $(KEYLIME) requirements/keylime.txt
+	@touch $@
+
+test-kernel: kernel-lab $(TEST_STAMP) $(KEYLIME_STAMP) collection
 	$(call title,test-kernel: tests/kernel)
 	@ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) tests/kernel/run.sh $(BIN) --kernels bookworm,trixie,backports $(KERNEL_TESTS)
 
-test-kernel-staging: $(TEST_STAMP) collection
+test-kernel-staging: $(TEST_STAMP) $(KEYLIME_STAMP) collection
 	$(call title,test-kernel-staging: tests/kernel)
 	@$(PYTHON) tests/kernel/build.py staging
 	@ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) tests/kernel/run.sh $(BIN) --kernels staging $(KERNEL_TESTS)

@@ -136,9 +136,7 @@ def mirrors() -> dict[str, str]:
         if origin == "Debian" and uri:
             found.setdefault(label, uri)
     if "Debian" not in found:
-        raise LabError(
-            "apt-get indextargets names no Debian archive: run apt-get update, or set KERNEL_LAB_MIRROR=URI"
-        )
+        raise LabError("apt-get indextargets names no Debian archive: run apt-get update, or set KERNEL_LAB_MIRROR=URI")
     return found
 
 

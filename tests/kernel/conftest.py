@@ -93,6 +93,7 @@ def pytest_terminal_summary(terminalreporter: t.Any) -> None:
             f"{facts['rotations']} rotations: {counts}",
             f"PCR 10 {pcrs}",
             f"evmctl {facts.get('evmctl', '-')}",
+            f"keylime {facts.get('keylime', '-')}",
             f"quotes: {facts.get('quotes', '-')}",
             f"{facts.get('verdict', '-')} {facts.get('reason', '')}".rstrip(),
             facts.get("note", ""),

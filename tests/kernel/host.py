@@ -178,6 +178,7 @@ class Host:
         values = {"trim_after": trim_after, "busy_timeout": busy_timeout, "shard_records": shard_records}
         self.vm.put("/etc/ima/snapshot.conf", CONFIG.format(name=self.name, **values).encode())
         self.vm.ssh("sync")  # a power cut is not about this file
+        self.good("ima_enroll", store=str(self.store))
 
     def rotate(self, good: bool = True, **options: t.Any) -> Result:
         """Rotate into the store, and keep count."""
@@ -282,6 +283,19 @@ class Host:
             assert hashlib.sha256(manifest.read_bytes()).hexdigest() == quote["manifest"], "it follows another shard"
         self.facts["quotes"] = f"{len(quotes)} tpm2_checkquote ok"
         return len(quotes)
+
+    def keylime(self, boot_id: str, pcr10: str) -> str:
+        """Have Keylime's verifier replay the stitched ASCII list of a boot up to a value of PCR 10 (SHA-256)."""
+        python = os.environ.get("KEYLIME_PYTHON", "")
+        if not os.path.exists(python):
+            return "absent"
+        path = self.work / "stitched.ascii"
+        self.good("ima_stitch", "localhost", store=str(self.store), host=self.name, boot_id=boot_id, ascii=str(path))
+        words = [python, str(HERE / "keylime_judge.py"), str(path), pcr10]
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+        assert done.returncode == 0, f"Keylime does not accept the list: {done.stdout}{done.stderr}"
+        self.facts["keylime"] = "accepts"
+        return "accepts"
 
     def check_stitched(self, boot_id: str = "") -> Result:
         """Compare what ima_stitch writes with the shards, joined by hand."""

@@ -51,7 +51,7 @@ def test_list_held_open(boot: Boot, kernel: str) -> None:
     done = host.rotate()
     assert done["trimmed"] >= 10
     host.check_pcrs()
-    assert host.verdict()["verdict"] == "consistent"
+    assert host.verdict()["verdict"] == "attested"
 
 
 @pytest.mark.parametrize("kernel", ["backports", "staging"])
@@ -74,7 +74,7 @@ def test_killed_at_the_worst_instants(boot: Boot, kernel: str) -> None:
         host.rotate()
         host.base = host.good("ima_info")["base"]
         host.check_pcrs()
-        assert host.verdict()["verdict"] == "consistent", instant
+        assert host.verdict()["verdict"] == "attested", instant
 
 
 @pytest.mark.kernel("backports")
@@ -93,7 +93,7 @@ def test_power_cut(boot: Boot) -> None:
     host.rotate()
     host.check_pcrs()
     said = host.verdict()
-    assert (said["verdict"], said["boots"]) == ("consistent", 2), said
+    assert (said["verdict"], said["boots"]) == ("attested", 2), said
 
 
 @pytest.mark.parametrize("kernel", ["bookworm", "trixie"])
@@ -118,7 +118,7 @@ def test_old_kernels_open_for_write(boot: Boot, kernel: str) -> None:
     refused = host.module("ima_trim")
     assert refused.get("failed") and refused["reason"] == "export_only", refused
     host.check_pcrs()
-    assert host.verdict()["verdict"] == "consistent"
+    assert host.verdict()["verdict"] == "attested"
 
 
 @pytest.mark.parametrize("kernel", ["bookworm", "backports"])
@@ -142,7 +142,7 @@ def test_records_on_another_pcr(boot: Boot, kernel: str) -> None:
     whole = records(host.whole(capture))
     assert sum(record.pcr == 11 for record in whole) == 6
     said = host.verdict()
-    assert said["verdict"] == "consistent" and set(said["pcrs"]) == {"10", "11"}, said
+    assert said["verdict"] == "attested" and set(said["pcrs"]) == {"10", "11"}, said
 
 
 NAMES = [b"sp ace", b"new\nline", b"tab\there", b"latin1-\xe9\xff", b"utf8-\xc3\xa4", b'quote"\\back', b"trail "]
@@ -187,7 +187,7 @@ def test_odd_names_and_violations(boot: Boot, kernel: str) -> None:
         assert b"/root/odd/" + name.replace(b" ", b"_") in paths, name
     assert sum(record.violation for record in whole) == capture["violations"] >= 4
     said = host.verdict()
-    assert said["verdict"] == "consistent", said
+    assert said["verdict"] == "attested", said
     text = host.work / "stitched.ascii"
     stitched = host.good("ima_stitch", "localhost", store=str(host.store), host=host.name, ascii=str(text))
     assert stitched["violations"] == sum(record.violation for record in whole[: stitched["records"]])
@@ -259,7 +259,7 @@ def test_kexec_with_carry_over(boot: Boot) -> None:
     assert len(carried) == 10
     host.rotate()
     said = host.verdict()
-    assert said["verdict"] == "consistent", said
+    assert said["verdict"] == "attested", said
 
 
 @pytest.mark.parametrize("kernel", ["backports", "staging"])
@@ -284,7 +284,7 @@ def test_long_list(boot: Boot, kernel: str) -> None:
     )
     assert done["exported"] >= size and done["trimmed"] >= size
     host.check_pcrs()
-    assert host.verdict()["verdict"] == "consistent"
+    assert host.verdict()["verdict"] == "attested"
 
 
 LONG = """
