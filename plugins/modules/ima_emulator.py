@@ -169,7 +169,7 @@ EXAMPLES = r"""
   integrity.ima.ima_emulator:
     directory: /var/lib/ima/emulated-capture
     banks: [sha1, sha256, sha384]
-    capture: /root/binary_runtime_measurements
+    capture: /var/tmp/binary_runtime_measurements
 
 - name: Lose records to another process
   integrity.ima.ima_emulator:
