@@ -14,7 +14,7 @@ import typing as t
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, TrimError
 from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import SHA1, read
 from ansible_collections.integrity.ima.plugins.module_utils._protocol import Config, Lock, generation
-from ansible_collections.integrity.ima.plugins.module_utils._schema import canonical
+from ansible_collections.integrity.ima.plugins.module_utils._schema import LEAST_CHUNK, canonical
 from ansible_collections.integrity.ima.plugins.module_utils._securityfs import DELETE_N, EXPORT_ONLY, STAGED
 from ansible_collections.integrity.ima.plugins.module_utils._shard import Entry, anchor_name
 from ansible_collections.integrity.ima.plugins.module_utils._snapshot import Cycle, Export, as_recorded
@@ -24,7 +24,6 @@ from ansible_collections.integrity.ima.plugins.module_utils._tpm import enroll a
 
 Result = t.Dict[str, t.Any]
 MOST_PENDING = 16  # manifests in one answer
-LEAST_CHUNK = 4096  # bytes, but for the last one of a shard
 
 
 def cycle_of(config: Config) -> Cycle:

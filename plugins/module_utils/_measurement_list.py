@@ -324,6 +324,11 @@ def event_name(record: Record, byte_order: str) -> bytes:
     return b""
 
 
+def starts_boot(record: Record, byte_order: str) -> bool:
+    """Whether this is the first record of a kernel's start (``ima_add_boot_aggregate``; ``_late`` since 7.3)."""
+    return event_name(record, byte_order) in (b"boot_aggregate", b"boot_aggregate_late")
+
+
 def file_digest(record: Record, byte_order: str) -> tuple[str, bytes]:
     """Hash algorithm and digest of the first ``d``, ``d-ng`` or ``d-ngv2`` field; ``("", b"")`` if there is none.
 

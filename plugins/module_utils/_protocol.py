@@ -225,28 +225,20 @@ def file_system(path: str) -> str:
 
 def require_local(path: str) -> None:
     """Refuse a path on a network file system: reason ``remote_file_system``."""
-    kind = file_system(path)
-    if kind in REMOTE:
-        raise ConfigError(
-            f"{path} is on {kind}, where flock(2) and fsync(2) do not promise what the spool needs",
-            reason="remote_file_system",
-            path=path,
-            file_system=kind,
-            hint="name a directory on a local disk",
-        )
+    why = ", where flock(2) and fsync(2) do not promise what the spool needs"
+    _refuse(path, REMOTE, "remote_file_system", why, "name a directory on a local disk")
 
 
 def require_durable(path: str) -> None:
     """Refuse a path on a file system that a reboot empties: reason ``volatile_file_system``."""
+    why = ": what leaves the kernel's memory must not go to memory again"
+    _refuse(path, VOLATILE, "volatile_file_system", why, "name a directory on a disk")
+
+
+def _refuse(path: str, kinds: frozenset[str], reason: str, why: str, hint: str) -> None:
     kind = file_system(path)
-    if kind in VOLATILE:
-        raise ConfigError(
-            f"{path} is on {kind}: what leaves the kernel's memory must not go to memory again",
-            reason="volatile_file_system",
-            path=path,
-            file_system=kind,
-            hint="name a directory on a disk",
-        )
+    if kind in kinds:
+        raise ConfigError(f"{path} is on {kind}{why}", reason=reason, path=path, file_system=kind, hint=hint)
 
 
 class Lock:

@@ -21,6 +21,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._fleet import claim
 from ansible_collections.integrity.ima.plugins.module_utils._schema import (
     ANSWER,
     IDENTITY,
+    LEAST_CHUNK,
     QUOTE,
     canonical,
     check,
@@ -34,7 +35,6 @@ from ansible_collections.integrity.ima.plugins.module_utils._tpm import QuoteErr
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import ATTESTED, CONSISTENT, claims_of, verify
 
 MOST_ROUNDS = 100000
-LEAST_CHUNK = 4096  # bytes, but for the last one of a shard
 Answer = t.Dict[str, t.Any]
 Call = t.Callable[[t.Dict[str, t.Any]], Answer]
 

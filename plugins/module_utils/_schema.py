@@ -398,6 +398,8 @@ _POSITION = _object(
     }
 )
 
+LEAST_CHUNK = 4096  # bytes of a shard in one answer, but for its last ones
+
 # What the module ima_rotate answers to the controller in one round. Chunks belong to the first manifests, in order.
 ANSWER = _object(
     {

@@ -32,6 +32,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._measurement_list im
     event_name,
     file_digest,
     read,
+    starts_boot,
 )
 from ansible_collections.integrity.ima.plugins.module_utils._pcr import BANKS, Replay, Values, search
 from ansible_collections.integrity.ima.plugins.module_utils._protocol import Config, require_durable
@@ -47,7 +48,6 @@ from ansible_collections.integrity.ima.plugins.module_utils._shard import (
 )
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 
-_BOOT_AGGREGATES = (b"boot_aggregate", b"boot_aggregate_late")
 _READ = 1 << 16
 _ATTEMPTS = 20
 MOST_ANCHORS = 100  # in one manifest
@@ -275,8 +275,10 @@ class Cycle:
                 # A reboot may measure the same files in the same order; only a kexec puts another boot_aggregate
                 # behind them.
                 records = read(view.read, SHA1, first_index=head.end)
-                starts = [_starts_boot(record) for record in itertools.islice(records, 1)]
-                if (base < head.end or starts == [False]) and any(starts + [_starts_boot(each) for each in records]):
+                starts = [starts_boot(record, SHA1.byte_order) for record in itertools.islice(records, 1)]
+                if (base < head.end or starts == [False]) and any(
+                    starts + [starts_boot(each, SHA1.byte_order) for each in records]
+                ):
                     return True
         return False
 
@@ -322,7 +324,7 @@ class Cycle:
                 index=0,
                 hint="look at the kernel's command line and at what else trims the list on this host",
             )
-        if not _starts_boot(first):
+        if not starts_boot(first, SHA1.byte_order):
             raise self._foreign_trim(0)
 
     def _continued(self, view: _Buffered, observed: Values, head: Entry) -> Place | None:
@@ -941,10 +943,6 @@ class _Watch:
         wanted = self._targets.get(record.pcr)
         if self.reached is None and wanted and row[wanted[0][0]] == wanted[0][1] and self._hold():
             self.reached = record.index + 1
-
-
-def _starts_boot(record: Record) -> bool:
-    return event_name(record, SHA1.byte_order) in _BOOT_AGGREGATES
 
 
 def as_recorded(path: str) -> bytes:

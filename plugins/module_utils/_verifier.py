@@ -30,6 +30,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._measurement_list im
     event_name,
     file_digest,
     read,
+    starts_boot,
 )
 from ansible_collections.integrity.ima.plugins.module_utils._pcr import BANKS, Replay
 from ansible_collections.integrity.ima.plugins.module_utils._schema import QUOTE, parse
@@ -71,7 +72,6 @@ _FATAL = frozenset(
         "shard_altered",
     )
 )
-_BOOT_AGGREGATES = (b"boot_aggregate", b"boot_aggregate_late")
 
 
 class Broken(ImaError):
@@ -571,7 +571,7 @@ def _looking(
     where = {"boot_id": manifest["boot_id"], "sequence": manifest["sequence"]}
     order, met = manifest["byte_order"], 0
     for record in records:
-        if record.index == 0 and event_name(record, order) not in _BOOT_AGGREGATES:
+        if record.index == 0 and not starts_boot(record, order):
             raise Broken(
                 "the first record of the boot is not boot_aggregate", reason="no_boot_aggregate", index=0, **where
             )
