@@ -15,7 +15,8 @@ import pytest
 from host import Host
 from lab import LAB, TCB, VM
 
-REPORT: list[dict[str, t.Any]] = []
+# What each host showed, by test; the workers of xdist send theirs with the reports.
+REPORT: dict[str, list[dict[str, t.Any]]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kernel = marker.args[0] if marker else item.callspec.params["kernel"]  # type: ignore[attr-defined]
         if chosen and kernel not in chosen:
             unwanted.append(item)
-    items[:] = [item for item in items if item not in unwanted]
+    # The longest first, so that no worker is left with it at the end.
+    items[:] = sorted((item for item in items if item not in unwanted), key=lambda item: "long_list" not in item.name)
     config.hook.pytest_deselected(items=unwanted)
 
 
@@ -49,6 +51,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> t.Generator[None, pytest.Tes
 
 
 FAILED = pytest.StashKey[bool]()
+FACTS = "facts"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Gather what the hosts of a test showed, in the process that prints it."""
+    if report.when == "teardown":
+        REPORT[report.nodeid] = [facts for name, found in report.user_properties if name == FACTS for facts in found]
 
 
 @pytest.fixture
@@ -64,10 +73,10 @@ def boot(request: pytest.FixtureRequest, tmp_path: Path) -> t.Iterator[t.Callabl
         host = Host(vm, tmp_path / f"host{len(hosts)}")
         host.facts.update(test=request.node.name, kernel=vm.release)
         hosts.append(host)
-        REPORT.append(host.facts)
         return host
 
     yield make
+    request.node.user_properties.append((FACTS, [host.facts for host in hosts]))
     failed = request.node.stash.get(FAILED, True)
     for vm in vms:
         if failed:
@@ -85,7 +94,7 @@ def pytest_terminal_summary(terminalreporter: t.Any) -> None:
     if not REPORT:
         return
     terminalreporter.section(f"kernel lab ({LAB})")
-    for facts in REPORT:
+    for facts in (facts for _test, found in sorted(REPORT.items()) for facts in found):
         pcrs = " ".join(f"{bank}:{said}" for bank, said in facts.get("pcr10", {}).items()) or "-"
         counts = f"{facts['exported']} exported, {facts['trimmed']} trimmed, {facts.get('left', '-')} left"
         words = [

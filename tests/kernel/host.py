@@ -297,6 +297,17 @@ class Host:
         self.facts["keylime"] = "accepts"
         return "accepts"
 
+    def keep(self, title: str, capture: Result | None = None) -> None:
+        """Copy store, live list and PCRs into a directory of ``KERNEL_CAPTURES``, for fixtures; nothing without it."""
+        if not os.environ.get("KERNEL_CAPTURES"):
+            return
+        capture = dict(capture or self.vm.capture(), kernel=self.vm.release, cmdline=self.vm.cmdline, base=self.base)
+        into = Path(os.environ["KERNEL_CAPTURES"]) / f"{self.vm.kernel}-{title}"
+        shutil.rmtree(into, ignore_errors=True)
+        shutil.copytree(self.store, into / "store")
+        (into / "live.binary").write_bytes(capture.pop("list"))
+        (into / "meta.json").write_text(json.dumps(capture, indent=1, sort_keys=True) + "\n")
+
     def check_stitched(self, boot_id: str = "") -> Result:
         """Compare what ima_stitch writes with the shards, joined by hand."""
         path = self.work / "stitched.binary"

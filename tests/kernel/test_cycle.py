@@ -52,7 +52,7 @@ def test_cycle(boot: Boot, kernel: str, cmdline: str, banks: t.Sequence[str]) ->
         # A staged list goes as a whole: what was measured after the staging is exported, too, but goes the next time.
         assert after["base"] == after["cut"] or kernel == "staging"
         assert host.facts["trimmed"] >= before["count"] + 40
-    host.check_pcrs(padded=padded)
+    host.keep("trimmed", host.check_pcrs(padded=padded))
     first_boot = after["boot_id"]
 
     host.reboot()
@@ -63,6 +63,7 @@ def test_cycle(boot: Boot, kernel: str, cmdline: str, banks: t.Sequence[str]) ->
     said = host.verdict()
     assert (said["verdict"], said["boots"], said["records"]) == ("attested", 2, host.facts["exported"]), said
     assert said["quotes"] == host.check_quotes() == 4
+    host.keep("rebooted", capture)
     stitched = host.check_stitched(first_boot)
     assert stitched["padded"] == padded
     if "ngv2" not in cmdline:  # Keylime does not know that template

@@ -70,6 +70,9 @@ def test_killed_at_the_worst_instants(boot: Boot, kernel: str) -> None:
         assert died.get("failed"), f"{instant}: it should have been killed: {died}"
         journal = json.loads(host.vm.ssh("cat /var/lib/ima-snapshot/journal.json 2>/dev/null || echo '{}'"))
         assert instant == "shard" or journal["trim"], f"{instant}: {journal}"
+        if kernel == "staging" and instant != "after-delete":
+            assert "STAGED" in host.vm.ssh(f"test -s {LIST}_staged && echo STAGED || true"), "it died between A and D"
+        host.keep(f"killed-{instant}")
         host.inventory()
         host.rotate()
         host.base = host.good("ima_info")["base"]
