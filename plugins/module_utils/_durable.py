@@ -219,6 +219,14 @@ class NewFile:
         self.discard()
 
 
+def names(directory: str) -> list[str]:
+    """Return the names in a directory; none when it is not there."""
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def digest_of(path: str, algorithm: str = "sha256") -> str:
     """Return the digest of a file in lower-case hex."""
     digest = hashlib.new(algorithm)

@@ -13,25 +13,49 @@ percent-encoded; nothing that a host sends becomes part of a path before it was 
 
 from __future__ import annotations
 
-import abc
+import contextlib
+import errno
+import fcntl
+import os
 import re
 import typing as t
 import urllib.parse
 
-from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError
-from ansible_collections.integrity.ima.plugins.module_utils._schema import FLEET, IDENTITY, canonical, parse
+from ansible_collections.integrity.ima.plugins.module_utils import _durable
+from ansible_collections.integrity.ima.plugins.module_utils._errors import (
+    ManifestError,
+    StoreError,
+    WriteError,
+    printable,
+)
+from ansible_collections.integrity.ima.plugins.module_utils._schema import FLEET, IDENTITY, LIMIT, canonical, parse
 from ansible_collections.integrity.ima.plugins.module_utils._shard import (
+    BOOT_ID,
     MANIFEST_SUFFIX,
+    SHARD_SUFFIX,
     Entry,
     Manifest,
+    ShardReader,
     digest,
     entry_of,
     parse_manifest,
+    parse_name,
+)
+from ansible_collections.integrity.ima.plugins.module_utils._store._objects import (
+    FORMAT,
+    FORMAT_NAME,
+    NO_FILE,
+    Objects,
 )
 
 MOST_STORED = 4 << 30  # bytes of one compressed shard
 RUN = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{8}\Z")
 _FLEET_LIMIT = 256 << 20
+_SIZED = 100  # shards whose sizes are compared before a store's word is passed on: a manifest is read for each
+_IDENTITY = "identity.json"
+_EVIDENCE = "evidence"
+_INCOMING = ".incoming"
+_QUOTE = re.compile(r"[0-9]{8}-[0-9a-f]{16}\.quote\.json\Z")
 
 
 class Head(t.NamedTuple):
@@ -62,84 +86,216 @@ def decode_name(component: str) -> str | None:
         return None
 
 
-class Store(abc.ABC):
-    """A central store. ``name`` is what acknowledgements call it."""
+class Store:
+    """A central store over its objects. ``name`` is what acknowledgements call it.
 
-    name: str
+    ``parts`` is a directory of this machine: unfinished deliveries and the locks between rotations lie there,
+    in the layout of a store.
+    """
 
-    @abc.abstractmethod
+    def __init__(self, objects: Objects, parts: str) -> None:
+        self._objects, self._parts = objects, parts
+        self.name = objects.name
+
+    @staticmethod
+    def _prefix(host: str) -> str:
+        return f"hosts/{encode_name(host)}/"
+
+    # -- hosts and their shards -------------------------------------------------------------------------------------
+
     def hosts(self) -> list[str]:
         """Return the inventory names of the hosts that have anything here, sorted."""
+        return sorted(filter(None, map(decode_name, self._objects.folders("hosts/"))))
 
-    @abc.abstractmethod
     def names(self, host: str) -> tuple[set[tuple[Entry, str]], list[str]]:
         """Return the shards and manifests of a host (entry, suffix), and every name that is neither."""
+        known, other = self._sorted_out(self._objects.sizes(self._prefix(host)))
+        return set(known), other
 
-    @abc.abstractmethod
-    def manifest_bytes(self, host: str, entry: Entry) -> bytes:
-        """Return a manifest's bytes. :class:`StoreError` ``missing_manifest``."""
-
-    @abc.abstractmethod
-    def open_shard(self, host: str, entry: Entry) -> t.BinaryIO:
-        """Return a shard's file. :class:`StoreError` ``missing_shard``."""
-
-    @abc.abstractmethod
-    def has_shard(self, host: str, entry: Entry) -> bool:
-        """Say whether the file of a shard is here, with the size that its manifest gives."""
-
-    @abc.abstractmethod
-    def unfinished(self, host: str) -> tuple[str, int] | None:
-        """Return the manifest digest of an unfinished delivery, and how many bytes of the shard are here."""
-
-    @abc.abstractmethod
-    def receive(self, host: str, manifest_digest: str, offset: int, data: bytes) -> None:
-        """Take a chunk of an unfinished delivery."""
-
-    @abc.abstractmethod
-    def finish(self, host: str, manifest: Manifest) -> None:
-        """Check a complete delivery against its manifest; publish shard, then manifest, durably, never overwriting."""
-
-    @abc.abstractmethod
-    def quotes(self, host: str) -> list[bytes]:
-        """Return the quotes of a host, in the order of their names (the sequence comes first)."""
-
-    @abc.abstractmethod
-    def put_quote(self, host: str, quote: dict[str, t.Any]) -> None:
-        """Keep a checked quote beside the manifest that it follows; never over another."""
-
-    @abc.abstractmethod
-    def identity_bytes(self, host: str) -> bytes | None:
-        """Return what was recorded of a host's attestation key, or None."""
-
-    @abc.abstractmethod
-    def put_identity(self, host: str, data: bytes) -> bool:
-        """Record a host's attestation key, durably, never over another. False: it was there with these bytes."""
-
-    @abc.abstractmethod
-    def keep_evidence(self, host: str, data: bytes) -> str:
-        """Keep a manifest that contradicts what is here; return the name it got."""
-
-    @abc.abstractmethod
-    def evidence(self, host: str) -> list[str]:
-        """Return the names of what :meth:`keep_evidence` kept."""
-
-    @abc.abstractmethod
-    def runs(self) -> list[str]:
-        """Return the names of the fleet documents, oldest first."""
-
-    @abc.abstractmethod
-    def run_bytes(self, run: str) -> bytes:
-        """Return the bytes of a fleet document."""
-
-    @abc.abstractmethod
-    def put_run(self, run: str, data: bytes) -> None:
-        """Write a fleet document, whole or not at all, never over another."""
-
-    # -- what follows from these ------------------------------------------------------------------------------------
+    @staticmethod
+    def _sorted_out(sizes: dict[str, int]) -> tuple[dict[tuple[Entry, str], int], list[str]]:
+        known: dict[tuple[Entry, str], int] = {}
+        other = []
+        for path, size in sizes.items():
+            directory, _slash, name = path.partition("/")
+            parsed = parse_name(directory, name)
+            if parsed:
+                known[parsed] = size
+            elif not path.endswith("/") and path != _IDENTITY and directory != _EVIDENCE and not _QUOTE.match(name):
+                other.append(printable(path))
+        return known, sorted(other)
 
     def entries(self, host: str) -> list[Entry]:
         """Return what the manifests' names say, in order of sequence."""
         return sorted(entry for entry, suffix in self.names(host)[0] if suffix == MANIFEST_SUFFIX)
+
+    def manifest_bytes(self, host: str, entry: Entry) -> bytes:
+        """Return a manifest's bytes. :class:`StoreError` ``missing_manifest``, ``unreadable``."""
+        try:
+            return self._objects.read(self._prefix(host) + entry.manifest, LIMIT + 1)
+        except OSError as error:
+            raise self._missing(host, entry, "missing_manifest", "manifest", error) from error
+
+    def open_shard(self, host: str, entry: Entry) -> t.BinaryIO:
+        """Return a shard's file. :class:`StoreError` ``missing_shard``, ``unreadable``."""
+        try:
+            return self._objects.open(self._prefix(host) + entry.shard)
+        except OSError as error:
+            raise self._missing(host, entry, "missing_shard", "shard", error) from error
+
+    def _missing(self, host: str, entry: Entry, reason: str, what: str, error: OSError) -> StoreError:
+        if not isinstance(error, FileNotFoundError):
+            reason = "unreadable"
+        return StoreError(
+            f"The {what} {entry.stem} of {host} (records {entry.first} to {entry.end - 1}) cannot be had "
+            f"from {self.name}: {error.strerror}",
+            reason=reason,
+            index=entry.first,
+            sequence=entry.sequence,
+            boot_id=entry.boot_id,
+            hint="look for it in the host's spool or in a copy of the store",
+        )
+
+    # -- deliveries -------------------------------------------------------------------------------------------------
+
+    def _local(self, host: str) -> str:
+        return os.path.join(self._parts, self._prefix(host).rstrip("/"))
+
+    @contextlib.contextmanager
+    def delivering(self, host: str) -> t.Iterator[None]:
+        """Keep two rotations of one host apart. Raises :class:`StoreError` ``store_busy``."""
+        self._objects.create(FORMAT_NAME, FORMAT)
+        directory = self._local(host)
+        _durable.make_directory(directory)
+        flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(os.path.join(directory, ".lock"), flags, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno != errno.EWOULDBLOCK:
+                    raise
+                raise StoreError(
+                    f"Another rotation is delivering shards of {host} to {self.name}",
+                    reason="store_busy",
+                    path=directory,
+                    kept="everything",
+                    hint="let it end; rotations of one host do not overlap",
+                ) from error
+            if os.path.isdir(os.path.join(directory, _INCOMING)):
+                _durable.sweep(os.path.join(directory, _INCOMING))
+            self._objects.settle(self._prefix(host))
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _part(self, host: str, manifest_digest: str) -> str:
+        return os.path.join(self._local(host), _INCOMING, f"{manifest_digest}.part")
+
+    def unfinished(self, host: str) -> tuple[str, int] | None:
+        """Return the manifest digest of an unfinished delivery, and how many bytes of the shard are here."""
+        directory = os.path.join(self._local(host), _INCOMING)
+        for name in sorted(_durable.names(directory)):
+            if re.match(r"[0-9a-f]{64}\.part\Z", name):
+                return name[:64], os.lstat(os.path.join(directory, name)).st_size
+        return None
+
+    def receive(self, host: str, manifest_digest: str, offset: int, data: bytes) -> None:
+        """Take a chunk of an unfinished delivery."""
+        path = self._part(host, manifest_digest)
+        directory = os.path.dirname(path)
+        _durable.make_directory(directory)
+        for name in _durable.names(directory) if offset == 0 else []:
+            if name != os.path.basename(path):  # what an earlier rotation began and this one does not go on with
+                os.unlink(os.path.join(directory, name))
+        _durable.append_part(path, offset, data)
+
+    def finish(self, host: str, manifest: Manifest) -> None:
+        """Check a complete delivery against its manifest; publish shard, then manifest, durably, never overwriting.
+
+        What does not fit its manifest is dropped, and has to be sent again.
+        """
+        data = canonical(manifest)
+        entry = entry_of(manifest)
+        part = self._part(host, digest(data))
+
+        def check(file: t.BinaryIO) -> None:
+            reader = ShardReader(file, manifest, f"{entry.stem} of {host}")
+            while reader.read(_durable.CHUNK):
+                pass
+
+        shard = self._prefix(host) + entry.shard
+        try:
+            self._objects.create_from(shard, part, check, manifest["stored_size"], manifest["stored_sha256"])
+        except (ManifestError, WriteError):
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            raise
+        self._objects.create(self._prefix(host) + entry.manifest, data)
+        _durable.remove(part)
+
+    # -- what lies beside the shards --------------------------------------------------------------------------------
+
+    def quotes(self, host: str) -> list[bytes]:
+        """Return the quotes of a host, in the order of their names (the sequence comes first)."""
+        found = []
+        for path in self._objects.sizes(self._prefix(host)):
+            directory, _slash, name = path.partition("/")
+            if BOOT_ID.match(directory) and _QUOTE.match(name):
+                found.append((name, path))
+        return [self._objects.read(self._prefix(host) + path, LIMIT + 1) for _name, path in sorted(found)]
+
+    def put_quote(self, host: str, quote: dict[str, t.Any]) -> None:
+        """Keep a checked quote beside the manifest that it follows; never over another."""
+        data = canonical(quote)
+        name = f"{quote['sequence']:08d}-{digest(data)[:16]}.quote.json"
+        self._objects.create(f"{self._prefix(host)}{quote['boot_id']}/{name}", data)
+
+    def identity_bytes(self, host: str) -> bytes | None:
+        """Return what was recorded of a host's attestation key, or None."""
+        try:
+            return self._objects.read(self._prefix(host) + _IDENTITY, LIMIT + 1)
+        except FileNotFoundError:
+            return None
+
+    def put_identity(self, host: str, data: bytes) -> bool:
+        """Record a host's attestation key, durably, never over another. False: it was there with these bytes."""
+        self._objects.create(FORMAT_NAME, FORMAT)
+        return self._objects.create(self._prefix(host) + _IDENTITY, data)
+
+    def keep_evidence(self, host: str, data: bytes) -> str:
+        """Keep a manifest that contradicts what is here; return the name it got."""
+        name = f"{_EVIDENCE}/{digest(data)}.json"
+        self._objects.create(self._prefix(host) + name, data)
+        return name
+
+    def evidence(self, host: str) -> list[str]:
+        """Return the names of what :meth:`keep_evidence` kept."""
+        names = (path.partition("/") for path in self._objects.sizes(self._prefix(host)))
+        return sorted(printable(name) for directory, _slash, name in names if directory == _EVIDENCE and name)
+
+    # -- fleet documents --------------------------------------------------------------------------------------------
+
+    def runs(self) -> list[str]:
+        """Return the names of the fleet documents, oldest first."""
+        names = [name.rstrip("/") for name in self._objects.sizes("fleet/")]
+        return sorted(name[:-5] for name in names if name.endswith(".json") and RUN.match(name[:-5]))
+
+    def run_bytes(self, run: str) -> bytes:
+        """Return the bytes of a fleet document."""
+        try:
+            return self._objects.read(f"fleet/{run}.json", _FLEET_LIMIT + 1)
+        except OSError as error:
+            raise StoreError(
+                f"The fleet document {run} in {self.name} cannot be read: {error.strerror}", reason="fleet_document"
+            ) from error
+
+    def put_run(self, run: str, data: bytes) -> None:
+        """Write a fleet document, whole or not at all, never over another."""
+        self._objects.create(FORMAT_NAME, FORMAT)
+        self._objects.create(f"fleet/{run}.json", data)
+
+    # -- what follows from these ------------------------------------------------------------------------------------
 
     def manifest(self, host: str, entry: Entry) -> Manifest:
         """Return a manifest, checked. Raises :class:`ManifestError`, :class:`StoreError` ``manifest_name``."""
@@ -155,15 +311,27 @@ class Store(abc.ABC):
         return self.open_shard(host, entry_of(manifest))
 
     def head(self, host: str) -> Head | None:
-        """Return the newest shard of a host up to which all are here: what an acknowledgement may speak of."""
-        whole: Entry | None = None
-        for entry in self.entries(host):
-            if entry.sequence != (whole.sequence if whole else 0) + 1 or not self.has_shard(host, entry):
+        """Return the newest shard of a host up to which all are here: what an acknowledgement may speak of.
+
+        All must have their names; the newest ``_SIZED`` must have the sizes that their manifests give, too.
+        """
+        known, _other = self._sorted_out(self._objects.sizes(self._prefix(host)))
+        run: list[Entry] = []
+        for entry in sorted(entry for entry, suffix in known if suffix == MANIFEST_SUFFIX):
+            if entry.sequence != len(run) + 1 or known.get((entry, SHARD_SUFFIX), NO_FILE) < 0:
                 break
-            whole = entry
-        if whole is None:
-            return None
-        manifest = self.manifest(host, whole)
+            run.append(entry)
+        whole: Head | None = None
+        for entry in run[-_SIZED:]:
+            manifest = self.manifest(host, entry)
+            if known[entry, SHARD_SUFFIX] != manifest["stored_size"]:
+                before = run[: entry.sequence - 1][-1:]
+                return whole or (self._head_at(host, before[0]) if before else None)
+            whole = Head(manifest, digest(canonical(manifest)))
+        return whole
+
+    def _head_at(self, host: str, entry: Entry) -> Head:
+        manifest = self.manifest(host, entry)
         return Head(manifest, digest(canonical(manifest)))
 
     def accept(self, host: str, data: bytes, head: Head | None) -> Manifest:
