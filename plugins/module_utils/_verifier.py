@@ -163,8 +163,8 @@ def verify(
         history.walk()
         _compare(history, claims, verdict)
         verdict.sound = True
-        history.attest()
         history.reported(newest_boot)
+        history.attest(newest_boot)
         if not newest_boot:
             _missing(claims, verdict)
     except (Broken, ManifestError, StoreError, ListError, QuoteError) as fault:
@@ -226,9 +226,8 @@ class _History:
 
     def reported(self, newest_boot: bool) -> None:
         """Raise the first fault that the host itself reported (of the newest epoch only, if so asked)."""
-        first = max((entry.sequence for entry in self._entries if entry.first == 0), default=0)
         for sequence, fault in self._reported:
-            if not newest_boot or sequence >= first:
+            if sequence >= self._from(newest_boot):
                 raise fault
         evidence = self._store.evidence(self._host)
         if evidence:
@@ -236,6 +235,10 @@ class _History:
                 f"{len(evidence)} manifests of this host contradict what is here; they are kept as evidence",
                 reason="equivocation",
             )
+
+    def _from(self, newest_boot: bool) -> int:
+        """Return the first sequence that counts."""
+        return max((entry.sequence for entry in self._entries if entry.first == 0), default=0) if newest_boot else 0
 
     def _in_order(self, number: int, entry: Entry) -> None:
         if entry.sequence < number:
@@ -392,9 +395,13 @@ class _History:
                     self._keep(sequence, Broken(what, reason="reset_count", **where))
             before = manifest
 
-    def attest(self) -> None:
-        """Raise what makes a quote worthless; take ``attested`` when the newest one covers the newest shards."""
-        points = self._points
+    def attest(self, newest_boot: bool) -> None:
+        """Raise what makes a quote worthless; take ``attested`` when the newest one covers the newest shards.
+
+        After :meth:`reported`: where records are known to be lost, no list reaches what the TPM signs, and the loss is
+        the fault to name.
+        """
+        points = [point for point in self._points if point.sequence >= self._from(newest_boot)]
         if not points:
             return
         last = len(self._entries)

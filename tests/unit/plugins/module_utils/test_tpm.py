@@ -277,6 +277,27 @@ def test_a_kexec_shows_in_the_reset_counter(host: support.Host, store: Directory
     assert (verdict.verdict, verdict.reason, verdict.index) == ("broken", "kexec", 6)
 
 
+def test_a_kexec_that_lost_records_is_named_before_the_quotes_that_nothing_reaches(
+    host: support.Host, store: DirectoryStore
+) -> None:
+    """Seen on a real kernel: the quote of the new boot signs PCRs that begin with what was lost."""
+    tpm = SoftTpm(host, store)
+    tpm.enroll()
+    rotate(host, store, 5)
+    store.put_quote("h", tpm.quote())
+    lost = host.grow(3)
+    _emulated.kexec(host.kernel, False)
+    rotate(host, store, 5)
+    store.put_quote("h", tpm.quote("cd" * 32))
+    rotate(host, store, 5)
+    verdict = verify(store, "h", ())
+    assert (verdict.verdict, verdict.reason, verdict.index) == ("broken", "kexec", 6), (verdict, lost)
+    assert verify(store, "h", (), newest_boot=True).reason == "kexec"
+    _emulated.reboot(host.kernel)
+    rotate(host, store, 5)
+    assert verify(store, "h", (), newest_boot=True).verdict == "consistent"
+
+
 def test_a_reset_counter_that_rises_is_a_reboot(host: support.Host, store: DirectoryStore) -> None:
     tpm = SoftTpm(host, store)
     tpm.enroll()
