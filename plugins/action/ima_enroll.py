@@ -13,7 +13,7 @@ from ansible.plugins.action import ActionBase
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 from ansible_collections.integrity.ima.plugins.module_utils._module import failure_of
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import record_identity
-from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
+from ansible_collections.integrity.ima.plugins.module_utils._store._open import open_store
 
 
 class ActionModule(ActionBase):
@@ -35,7 +35,7 @@ class ActionModule(ActionBase):
             }
         )
         try:
-            store = DirectoryStore(args["store"])
+            store = open_store(args["store"])
             answer = self._execute_module(module_name="integrity.ima.ima_enroll", module_args=args, task_vars=variables)
             if answer.get("failed") or answer.get("unreachable"):
                 return t.cast("dict[str, t.Any]", answer)

@@ -16,7 +16,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaEr
 from ansible_collections.integrity.ima.plugins.module_utils._fleet import document, member, new_run
 from ansible_collections.integrity.ima.plugins.module_utils._module import failure_of
 from ansible_collections.integrity.ima.plugins.module_utils._schema import canonical
-from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
+from ansible_collections.integrity.ima.plugins.module_utils._store._open import open_store
 
 
 class ActionModule(ActionBase):
@@ -44,16 +44,17 @@ class ActionModule(ActionBase):
         run = new_run()
         whole = document(run, hosts)
         try:
-            store = DirectoryStore(args["store"])
+            store = open_store(args["store"])
             if not self._task.check_mode:
                 store.write_run(whole)
         except (ImaError, OSError) as error:
             return dict(failure_of(error), failed=True)
         absent = {host: said["reason"] for host, said in hosts.items() if said["status"] == "missing"}
+        place = args["store"].partition("?")[0] if "://" in args["store"] else args["store"]
         return {
             "changed": True,
             "run": run,
-            "path": os.path.join(args["store"], "fleet", f"{run}.json"),
+            "path": os.path.join(place, "fleet", f"{run}.json"),
             "sha256": hashlib.sha256(canonical(whole)).hexdigest(),
             "present": len(hosts) - len(absent),
             "missing": absent,

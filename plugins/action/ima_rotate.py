@@ -14,7 +14,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaEr
 from ansible_collections.integrity.ima.plugins.module_utils._fleet import missing
 from ansible_collections.integrity.ima.plugins.module_utils._module import failure_of
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostFailed, HostUnreachable, Rotation
-from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
+from ansible_collections.integrity.ima.plugins.module_utils._store._open import open_store
 
 
 class ActionModule(ActionBase):
@@ -35,19 +35,26 @@ class ActionModule(ActionBase):
                 "name": {"type": "str", "default": variables.get("inventory_hostname")},
                 "anchor": {"type": "bool", "default": False},
                 "chunk_bytes": {"type": "int", "default": 4 << 20},
+                "delivery": {"type": "str", "choices": ["controller", "direct"], "default": "controller"},
+                "most_bytes": {"type": "int", "default": 16 << 30},
             }
         )
         if not 4096 <= args["chunk_bytes"] <= 16 << 20:
             return {"failed": True, "reason": "value", "msg": "'chunk_bytes' must be from 4096 to 16777216"}
 
         def call(one_round: dict[str, t.Any]) -> dict[str, t.Any]:
+            urls = one_round.pop("urls", [])
             answer: dict[str, t.Any] = self._execute_module(
-                module_name="integrity.ima.ima_rotate", module_args=dict(args, _round=one_round), task_vars=variables
+                module_name="integrity.ima.ima_rotate",
+                module_args=dict(args, _round=one_round, _urls=urls),
+                task_vars=variables,
             )
             return answer
 
         try:
-            rotation = Rotation(DirectoryStore(args["store"]), args["name"], call, args)
+            rotation = Rotation(
+                open_store(args["store"]), args["name"], call, dict(args, direct=args["delivery"] == "direct")
+            )
         except (ImaError, OSError) as error:
             return _failed(args["name"], error, {})
         try:

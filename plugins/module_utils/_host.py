@@ -9,21 +9,24 @@
 from __future__ import annotations
 
 import collections
+import time
 import typing as t
 
-from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, TrimError
+from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, SpoolError, TrimError
 from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import SHA1, read
 from ansible_collections.integrity.ima.plugins.module_utils._protocol import Config, Lock, generation
 from ansible_collections.integrity.ima.plugins.module_utils._schema import LEAST_CHUNK, canonical
 from ansible_collections.integrity.ima.plugins.module_utils._securityfs import DELETE_N, EXPORT_ONLY, STAGED
 from ansible_collections.integrity.ima.plugins.module_utils._shard import Entry, anchor_name
-from ansible_collections.integrity.ima.plugins.module_utils._snapshot import Cycle, Export, as_recorded
+from ansible_collections.integrity.ima.plugins.module_utils._snapshot import Cycle, Export, as_recorded, utc_now
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 from ansible_collections.integrity.ima.plugins.module_utils._tpm import TpmError
 from ansible_collections.integrity.ima.plugins.module_utils._tpm import enroll as make_key
+from ansible_collections.integrity.ima.plugins.module_utils._upload import put
 
 Result = t.Dict[str, t.Any]
 MOST_PENDING = 16  # manifests in one answer
+MOST_CANDIDATES = 1000  # shards that one call of ima_prune can name
 
 
 def cycle_of(config: Config) -> Cycle:
@@ -241,18 +244,54 @@ def _target(cycle: Cycle, base: int, to: str, records: int, anchor: int) -> int 
     return indexes[-anchor]
 
 
+# -- ima_prune ----------------------------------------------------------------------------------------------
+
+
+def prune(config: Config, confirmed: Result | None, check: bool) -> Result:
+    """Name the shards that retention lets go; with the store's word of now on the last of them, remove their files."""
+    with Lock(config, shared=check, create=not check):
+        cycle = cycle_of(config)
+        if not check:
+            cycle.spool.recover()
+        if cycle.spool.head is None:
+            return {"changed": False, "pruned": 0, "candidates": [], "kept": 0}
+        cycle.survey(write=not check)
+        going = cycle.prunable(time.time())
+        done = 0
+        if confirmed:
+            sure = [entry for entry in going if entry.sequence <= confirmed["sequence"]]
+            if not sure or cycle.spool.digest(sure[-1]) != confirmed["manifest"]:
+                raise SpoolError("What the store confirmed is not what retention lets go", reason="store_diverged")
+            done = cycle.spool.prune(sure[-1], confirmed["store"], utc_now())
+            going = going[len(sure) :]
+        return {
+            "changed": done > 0,
+            "pruned": done,
+            "candidates": [
+                {"sequence": entry.sequence, "manifest": cycle.spool.digest(entry)} for entry in going[:MOST_CANDIDATES]
+            ],
+            "kept": sum(entry.sequence > cycle.spool.pruned for entry in cycle.spool.entries),
+        }
+
+
 # -- ima_rotate ---------------------------------------------------------------------------------------------
 
 
 def rotate(config: Config, params: Result, check: bool) -> Result:
-    """Do one round of a rotation: take the store's word, trim, export, trim again, give the next bytes to deliver."""
+    """Do one round of a rotation: upload what was signed for, take the store's word, trim, export, trim again.
+
+    What is not uploaded directly comes back in chunks.
+    """
+    have, fault_of_upload = params["have"], None
+    if params.get("uploads") and not check:
+        have, fault_of_upload = _upload(config, params)
     with Lock(config, shared=check, create=not check):
         cycle = cycle_of(config)
         before = _position(cycle)
         if check:
-            return _foreseen(cycle, params["have"], before)
+            return _foreseen(cycle, have, before)
         cycle.spool.recover()
-        acknowledged = _acknowledge(cycle, params["have"])
+        acknowledged = _acknowledge(cycle, have)
         trimmed = _trim_what_may_go(cycle, witness=params["export"]) if cycle.spool.head else 0
         more = False
         while params["export"]:
@@ -264,7 +303,7 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
         news = _sealed_since(cycle, before["sequence"]) and not more
         quote, said = _quote(cycle, params.get("nonce")) if news else (None, [])
         exported = _sealed_since(cycle, before["sequence"])
-        answer = _pending(cycle, params)
+        answer = _pending(cycle, dict(params, have=have))
         fault = cycle.blocked()
         answer.update(
             changed=bool(acknowledged or trimmed or exported),
@@ -277,8 +316,34 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
             position=_diff(before, _position(cycle)),
             flavour=cycle.flavour,
             trim_after=config.trim_after,
+            uploaded=have["sequence"] if params.get("uploads") and have else 0,
+            upload_fault=fault_of_upload,
         )
         return answer
+
+
+def _upload(config: Config, params: Result) -> tuple[Result | None, Result | None]:
+    """Put shards and manifests where the controller signed for, in order, without a lock: sealed files do not change.
+
+    Return what the store now has by its own word, and what went wrong with the first that it does not have.
+    """
+    have: Result | None = params["have"]
+    spool = Spool(config.spool)
+    known = {entry.sequence: entry for entry in spool.entries}
+    for order in params["uploads"]:
+        try:
+            entry = known.get(order["sequence"])
+            if entry is None or spool.digest(entry) != order["manifest"]:
+                raise SpoolError(
+                    "The controller signed for a shard that this spool does not hold", reason="store_diverged"
+                )
+            for what, path in (("shard", spool.path(entry)), ("document", spool.manifest_path(entry))):
+                if order[what]:
+                    put(params["urls"][order[what]["url"]], order[what]["headers"], path)
+        except ImaError as error:
+            return have, {"sequence": order["sequence"], "reason": error.reason, "message": str(error)[:2000]}
+        have = {"sequence": entry.sequence, "manifest": order["manifest"], "store": order["store"], "verdict": ""}
+    return have, None
 
 
 def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:
@@ -300,6 +365,8 @@ def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:
         "warnings_said": [],
         "trim_after": cycle.config.trim_after,
         "position": _diff(before, dict(before, base=place.base + going, cut=place.cut + new)),
+        "uploaded": 0,
+        "upload_fault": None,
     }
 
 
@@ -393,7 +460,7 @@ def _pending(cycle: Cycle, params: Result) -> Result:
     waiting = [entry for entry in cycle.spool.entries if entry.sequence > have]
     part, room = params["part"], params["chunk_bytes"]
     chunks: list[Result] = []
-    for entry in waiting[:MOST_PENDING]:
+    for entry in [] if params.get("direct") else waiting[:MOST_PENDING]:
         size = cycle.spool.manifest(entry)["stored_size"]
         if chunks and room < min(size, LEAST_CHUNK):
             break

@@ -70,6 +70,9 @@ class Config(t.NamedTuple):
     source: str
     directory: str
     busy_timeout: int
+    keep_days: int | None = None
+    keep_shards: int | None = None
+    keep_bytes: int | None = None
 
     def lists(self) -> Lists:
         """Return the measurement lists that the config names, the kernel's or an emulated kernel's."""
@@ -89,9 +92,18 @@ def _path(value: str) -> str:
 
 def _number(low: int, high: int) -> t.Callable[[str], int]:
     def parse(value: str) -> int:
-        if not re.match(r"[0-9]{1,9}\Z", value) or not low <= int(value) <= high:
+        if not re.match(r"[0-9]{1,16}\Z", value) or not low <= int(value) <= high:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(value)
+
+    return parse
+
+
+def _optional(low: int, high: int) -> t.Callable[[str], int | None]:
+    number = _number(low, high)
+
+    def parse(value: str) -> int | None:
+        return number(value) if value else None
 
     return parse
 
@@ -125,6 +137,11 @@ _KEYS: dict[str, dict[str, tuple[t.Callable[[str], t.Any], str | None]]] = {
         "source": (_choice("kernel", "emulated"), "kernel"),
         "directory": (_path, DIRECTORY),
         "busy_timeout": (_number(0, 3600), "30"),
+    },
+    "retention": {
+        "keep_days": (_optional(0, 36500), ""),
+        "keep_shards": (_optional(1, 10**8), ""),
+        "keep_bytes": (_optional(0, 1 << 50), ""),
     },
 }
 
@@ -172,7 +189,7 @@ def _value(parser: configparser.RawConfigParser, path: str, section: str, key: s
     if value is None:
         raise _fault(path, section, key, "is missing", "config_value")
     if value == "" and default == "":
-        return ""
+        return None if section == "retention" else ""
     try:
         return read(value)
     except ValueError as error:

@@ -27,14 +27,14 @@ from ansible_collections.integrity.ima.plugins.module_utils._schema import (
     check,
     parse,
 )
-from ansible_collections.integrity.ima.plugins.module_utils._shard import Manifest, digest
+from ansible_collections.integrity.ima.plugins.module_utils._shard import Manifest, digest, entry_of
 from ansible_collections.integrity.ima.plugins.module_utils._snapshot import utc_now
-from ansible_collections.integrity.ima.plugins.module_utils._store._base import Head
-from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
+from ansible_collections.integrity.ima.plugins.module_utils._store._base import Head, Store
 from ansible_collections.integrity.ima.plugins.module_utils._tpm import QuoteError, check_document
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import ATTESTED, CONSISTENT, claims_of, verify
 
 MOST_ROUNDS = 100000
+MOST_BYTES = 16 << 30  # of compressed shards that one host may bring in one rotation
 Answer = t.Dict[str, t.Any]
 Call = t.Callable[[t.Dict[str, t.Any]], Answer]
 
@@ -56,13 +56,21 @@ class HostUnreachable(ImaError):
 
 
 def answer_of(raw: t.Any) -> Answer:
-    """Return a host's answer, checked. Raises :class:`HostFailed` (it failed) or :class:`StoreError` ``bad_answer``."""
+    """Return a host's answer to a round. Raises as :func:`checked`."""
+    return checked(raw, ANSWER, "pending")
+
+
+def checked(raw: t.Any, schema: dict[str, t.Any], member: str) -> Answer:
+    """Return a host's answer, checked; one without ``member`` is no answer of the module's.
+
+    Raises :class:`HostUnreachable`, :class:`HostFailed` (it failed) or :class:`StoreError` ``bad_answer``.
+    """
     if isinstance(raw, dict) and raw.get("unreachable"):
         raise HostUnreachable(raw)
-    if not isinstance(raw, dict) or raw.get("failed") or "pending" not in raw:
+    if not isinstance(raw, dict) or raw.get("failed") or member not in raw:
         raise _failure(raw if isinstance(raw, dict) else {})
-    answer = {key: raw[key] for key in ANSWER["properties"] if key in raw}
-    wrong = check(answer, ANSWER)
+    answer = {key: raw[key] for key in schema["properties"] if key in raw}
+    wrong = check(answer, schema)
     if wrong:
         raise StoreError(
             f"The host's answer is not what the module gives: {wrong}",
@@ -92,14 +100,15 @@ def _failure(raw: dict[str, t.Any]) -> HostFailed:
 class Rotation:
     """One host's rotation into ``store``; ``call`` runs one round on the host and returns its raw answer."""
 
-    def __init__(self, store: DirectoryStore, host: str, call: Call, options: dict[str, t.Any]) -> None:
+    def __init__(self, store: Store, host: str, call: Call, options: dict[str, t.Any]) -> None:
         self._store, self._host, self._call, self._options = store, host, call, options
         self._head: Head | None = store.head(host)
         self._nonce: str | None = None
         self._quote = ""
         self._verdict = ""
         self._wants_verdict = False
-        self._rounds = 0
+        self._rounds = self._bytes = 0
+        self._orders: list[tuple[Manifest, dict[str, t.Any]]] = []  # signed for, not yet known to be in the store
         self.delivered = self.records = self.exported = self.trimmed = 0
         self.fault: dict[str, t.Any] | None = None
         self.diff: dict[str, t.Any] = {}
@@ -116,15 +125,23 @@ class Rotation:
             answer = self._round(export=True)
             while True:
                 before = self._progress()
-                self._take(answer)
-                news = self._progress() != before
-                if not news and not answer["pending"] and not answer["more"]:
+                if self._options.get("direct"):
+                    self._take_uploads(answer)
+                    self._sign(answer)
+                else:
+                    self._take(answer)
+                news = self._progress() != before or bool(self._orders)
+                if not answer["pending"] and not answer["more"] and (not news or self._told(answer)):
                     self._keep_quote()
                     if not self._newly_verified():
                         break
                 elif not news:
                     raise StoreError(f"{self._host} says that there is more, and gives nothing", reason="bad_answer")
                 answer = self._round(export=answer["more"])
+
+    def _told(self, answer: Answer) -> bool:
+        """Say whether the host knows already that the store has all: it was there when the store said so."""
+        return self._head is not None and answer["uploaded"] == self._head.manifest["sequence"]
 
     def _progress(self) -> tuple[str, int]:
         """Return what must grow from round to round: the newest shard here, and the bytes of the next one."""
@@ -176,7 +193,10 @@ class Rotation:
             }
         unfinished = self._store.unfinished(self._host)
         part = {"manifest": unfinished[0], "offset": unfinished[1]} if unfinished else None
-        answer = answer_of(self._call({"have": have, "part": part, "export": export, "nonce": self._nonce}))
+        asked: dict[str, t.Any] = {"have": have, "part": part, "export": export, "nonce": self._nonce}
+        if self._options.get("direct"):
+            asked.update(direct=True, **_without_urls([order for _manifest, order in self._orders]))
+        answer = answer_of(self._call(asked))
         self.changed = self.changed or answer["changed"]
         self.exported += answer["exported"]
         self.trimmed += answer["trimmed"]
@@ -193,12 +213,63 @@ class Rotation:
         for text, chunk in zip(answer["manifests"], answer["chunks"]):
             data = text.encode("utf-8", "replace")
             manifest = self._store.accept(self._host, data, self._head)
+            if not chunk["offset"]:
+                self._count(manifest["stored_size"])
             if not self._take_chunk(manifest, digest(data), chunk):
                 return
             self._store.finish(self._host, manifest)
             self._head, self._verdict = Head(manifest, digest(data)), ""
             self.delivered += 1
             self.records += manifest["count"]
+
+    def _sign(self, answer: Answer) -> None:
+        """Accept the manifests that come next and sign for them and their shards: a few, and at the last moment."""
+        head = self._head
+        for text in answer["manifests"]:
+            data = text.encode("utf-8", "replace")
+            manifest = self._store.accept(self._host, data, head)
+            self._count(manifest["stored_size"])
+            order = self._store.sign(self._host, manifest)
+            if order is None:
+                raise StoreError(
+                    f"{self._store.name} cannot take shards from hosts themselves",
+                    reason="no_direct_delivery",
+                    hint="deliver through the controller (delivery: controller)",
+                )
+            self._orders.append((manifest, order))
+            head = Head(manifest, digest(data))
+
+    def _take_uploads(self, answer: Answer) -> None:
+        """Look in the store for what the host was to put there. Raises the reason for the first that is not there."""
+        orders, self._orders = self._orders, []
+        for manifest, order in orders:
+            entry = entry_of(manifest)
+            if not self._store.has(self._host, entry, order["manifest"]):
+                raise self._not_uploaded(entry.sequence, answer["upload_fault"])
+            self._head, self._verdict = Head(manifest, order["manifest"]), ""
+            self.delivered += 1
+            self.records += manifest["count"]
+
+    def _not_uploaded(self, sequence: int, fault: dict[str, t.Any] | None) -> StoreError:
+        said = fault["message"] if fault else "the host gave no reason"
+        return StoreError(
+            f"Shard {sequence} of {self._host} did not reach {self._store.name}: {printable(said)}",
+            reason=fault["reason"] if fault else "bad_answer",
+            sequence=sequence,
+            kept="the shard on the host, and its records in the kernel",
+            hint="rotate again; what the store has is not sent again",
+        )
+
+    def _count(self, size: int) -> None:
+        """Bound what one host may bring in one rotation."""
+        self._bytes += size
+        if self._bytes > self._options.get("most_bytes", MOST_BYTES):
+            raise StoreError(
+                f"{self._host} brings more than {self._options['most_bytes']} bytes in one rotation",
+                reason="quota",
+                kept="what was delivered so far; the rest on the host",
+                hint="if that is right, rotate again, or raise most_bytes",
+            )
 
     def _take_chunk(self, manifest: Manifest, manifest_digest: str, chunk: dict[str, t.Any]) -> bool:
         """Take one chunk of a shard; True when the shard is complete."""
@@ -242,7 +313,21 @@ class Rotation:
         }
 
 
-def record_identity(store: DirectoryStore, host: str, answer: t.Any, check_mode: bool) -> dict[str, t.Any]:
+def _without_urls(orders: list[dict[str, t.Any]]) -> dict[str, t.Any]:
+    """Return the orders with numbers in place of their addresses, and the addresses: secrets, which no log may hold."""
+    urls: list[str] = []
+    uploads = []
+    for order in orders:
+        upload = dict(order)
+        for what in ("shard", "document"):
+            if order[what]:
+                upload[what] = dict(order[what], url=len(urls))
+                urls.append(order[what]["url"])
+        uploads.append(upload)
+    return {"uploads": uploads, "urls": urls}
+
+
+def record_identity(store: Store, host: str, answer: t.Any, check_mode: bool) -> dict[str, t.Any]:
     """Record what a host says of its attestation key: trust on first use. Return the action's result.
 
     Raises :class:`StoreError` ``bad_answer``, or ``identity_changed`` when another key is on record.

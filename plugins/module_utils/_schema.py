@@ -317,6 +317,19 @@ JOURNAL = _document(
     ),
 )
 
+PRUNED = _document(
+    "Up to where the files of a spool's shards were removed, and which store held them then",
+    _object(
+        {
+            "version": {"const": 1},
+            "sequence": _ref("sequence"),
+            "manifest": _ref("sha256"),
+            "store": _ref("text"),
+            "time": _ref("time"),
+        }
+    ),
+)
+
 # Beside the shard's manifest, not in it: what the TPM signs holds the manifest's digest.
 QUOTE = _document(
     "A TPM quote that follows a manifest",
@@ -426,5 +439,26 @@ ANSWER = _object(
         "flavour": _ref("flavour"),
         "trim_after": {"enum": ["local", "central", "verified", "never"]},
         "position": _object({"before": _POSITION, "after": _POSITION}),
+        "uploaded": {"type": "integer", "minimum": 0, "maximum": 99999999},
+        "upload_fault": {
+            "anyOf": [
+                {"type": "null"},
+                _object({"sequence": _ref("sequence"), "reason": _ref("word"), "message": _ref("text")}),
+            ]
+        },
+    }
+)
+
+# What the module ima_prune answers to the controller: which shards retention lets go, oldest first.
+CANDIDATES = _object(
+    {
+        "changed": {"type": "boolean"},
+        "pruned": _ref("index"),
+        "kept": _ref("index"),
+        "candidates": {
+            "type": "array",
+            "maxItems": 1000,
+            "items": _object({"sequence": _ref("sequence"), "manifest": _ref("sha256")}),
+        },
     }
 )

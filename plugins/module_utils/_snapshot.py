@@ -13,6 +13,7 @@ holds the lock. Nothing is kept in memory across an error: make a new :class:`Cy
 from __future__ import annotations
 
 import base64
+import calendar
 import dataclasses
 import itertools
 import os
@@ -57,6 +58,11 @@ Fault = t.Dict[str, t.Any]
 def utc_now() -> str:
     """Return the time as the documents write it."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def seconds_of(text: str) -> float:
+    """Return a document's time in seconds since 1970. Raises ValueError for digits that are no date."""
+    return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
 
 
 class Place(t.NamedTuple):
@@ -183,7 +189,8 @@ class Cycle:
         journal = self.spool.journal()
         hints = [journal["base"]] + ([journal["trim"]["target"]] if journal["trim"] else [])
         known = {entry.boot_id for entry in self.spool.epoch} | {self.boot_id}
-        return list(dict.fromkeys(hint if journal["boot_id"] in known else 0 for hint in hints if hint <= end))
+        hints = [hint if journal["boot_id"] in known else 0 for hint in hints if hint <= end]
+        return [hint for hint in dict.fromkeys(hints) if hint >= self.spool.held_from]
 
     def _runs(self, view: _Buffered, base: int, end: int) -> bool:
         view.rewind()
@@ -214,7 +221,7 @@ class Cycle:
         first = next(read(view.read, SHA1), None)
         if first is None:
             return []
-        start = self.spool.epoch[0].first
+        start = self.spool.held_from
         sealed = read(_Pieces(self.spool.raw_from(start, end)).read, SHA1, first_index=start, verify=False)
         same = [record.index for record in sealed if record.raw == first.raw]
         return [base for base in same if self._runs(view, base, end)]
@@ -746,6 +753,32 @@ class Cycle:
                 self._note_fault(fault)
             self.spool.write_journal(boot_id=self.boot_id, base=place.base, trim=None)
         return place
+
+    def prunable(self, now: float) -> list[Entry]:
+        """Return the shards whose files retention lets go, oldest first; to be called after :meth:`survey`.
+
+        Never the newest; none without the store's recorded word (and the verdict, where the policy wants one); none
+        whose records the kernel may still hold. ``now``: seconds since 1970.
+        """
+        held = [entry for entry in self.spool.entries if entry.sequence > self.spool.pruned]
+        sizes = {entry: self.spool.manifest(entry)["stored_size"] for entry in held}
+        epoch, base, going = set(self.spool.epoch), self.spool.journal()["base"], []
+        policy = "verified" if self.config.trim_after == "verified" else "central"
+        for number, entry in enumerate(held[:-1]):
+            kept = held[number:]
+            if (entry in epoch and entry.end > base) or not self.spool.allowed(entry, policy):
+                break
+            if not self._over(len(kept), sum(sizes[each] for each in kept), self.spool.manifest(entry)["time"], now):
+                break
+            going.append(entry)
+        return going
+
+    def _over(self, shards: int, size: int, sealed: str, now: float) -> bool:
+        """Say whether any limit of the config is exceeded by what is kept from a shard sealed at that time on."""
+        config = self.config
+        old = config.keep_days is not None and now - seconds_of(sealed) > config.keep_days * 86400
+        many = config.keep_shards is not None and shards > config.keep_shards
+        return old or many or (config.keep_bytes is not None and size > config.keep_bytes)
 
     def require_trimmable(self) -> None:
         """Raise :class:`TrimError` ``policy_never``, ``export_only`` or the reason of the fault that forbids it."""

@@ -6,11 +6,10 @@
 
 """The spool: shards and manifests on the host, the chain that they make, and what a dead run left.
 
-Layout: ``format.json`` · ``journal.json`` · ``generation`` · ``lock`` · ``anchors/``
-· ``shards/<boot id>/<stem>.ima.gz``,
-``.json`` (the manifest: the commit) and ``.ack`` (the store's word). Only presence is evidence: the journal is a hint.
-An *epoch* is a run of shards without a gap, from index 0 on; a new boot begins one, a kexec that carries the list
-over does not.
+Layout: ``format.json`` · ``journal.json`` · ``pruned.json`` · ``generation`` · ``lock`` · ``anchors/``
+· ``shards/<boot id>/<stem>.ima.gz``, ``.json`` (the manifest: the commit) and ``.ack`` (the store's word). Only
+presence is evidence: the journal is a hint. An *epoch* is a run of shards without a gap, from index 0 on; a new boot
+begins one, a kexec that carries the list over does not.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._schema import (
     ACKNOWLEDGEMENT,
     JOURNAL,
     LIMIT,
+    PRUNED,
     canonical,
     parse,
 )
@@ -47,6 +47,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._shard import (
 
 FORMAT = b'{"format":"integrity.ima spool","version":1}'
 _ACK_SUFFIX = ".ack"
+_PRUNED = "pruned.json"
 _IGNORED = re.compile(r"\.|lost\+found\Z|(?:.*\.)?lock\Z")
 _EMPTY_JOURNAL: dict[str, t.Any] = {
     "version": 1,
@@ -189,8 +190,9 @@ class Spool:
                 raise self._fault("spool_gap", f"Shards 1 to {entries[0].sequence - 1} are missing", entries[0])
             for before, after in zip(entries, entries[1:]):
                 self._adjacent(before, after)
+            pruned = self._pruned(entries)
             for entry in entries:
-                if (entry, SHARD_SUFFIX) not in names:
+                if (entry, SHARD_SUFFIX) not in names and entry.sequence > pruned:
                     raise self._fault("shard_missing", f"Shard {entry.sequence} has a manifest but no file", entry)
             self._entries = entries
         return self._entries
@@ -223,6 +225,27 @@ class Spool:
         """The newest sealed shard."""
         return self.entries[-1] if self.entries else None
 
+    def _pruned(self, entries: list[Entry]) -> int:
+        """Return the sequence up to which files may be gone; 0 unless a statement about this very chain says so."""
+        data = self._small(os.path.join(self.directory, _PRUNED))
+        try:
+            said = parse(data, PRUNED, _PRUNED, SpoolError) if data else None
+        except SpoolError:
+            return 0
+        known = [entry for entry in entries if said and entry.sequence == said["sequence"]]
+        return said["sequence"] if said and known and self.digest(known[0]) == said["manifest"] else 0
+
+    @property
+    def pruned(self) -> int:
+        """The sequence up to which the shards' files were removed; 0: none. Their manifests stay."""
+        return self._pruned(self.entries)
+
+    @property
+    def held_from(self) -> int:
+        """The index of the epoch's first record whose shard is still a file here."""
+        pruned = self.pruned
+        return next((entry.first for entry in self.epoch if entry.sequence > pruned), 0)
+
     @property
     def epoch(self) -> list[Entry]:
         """The shards of the newest epoch, in order."""
@@ -232,14 +255,14 @@ class Spool:
 
     def manifest_bytes(self, entry: Entry) -> bytes:
         """Return the bytes of a manifest."""
-        data = self._small(os.path.join(self.shards, entry.manifest))
+        data = self._small(self.manifest_path(entry))
         if data is None:
             raise self._fault("manifest_missing", f"The manifest of shard {entry.sequence} went away", entry)
         return data
 
     def manifest(self, entry: Entry) -> Manifest:
         """Return a manifest, checked. Raises :class:`ManifestError` (see :func:`_schema.parse`), ``manifest_name``."""
-        path = os.path.join(self.shards, entry.manifest)
+        path = self.manifest_path(entry)
         manifest = parse_manifest(self.manifest_bytes(entry), path)
         if entry_of(manifest) != entry:
             raise ManifestError(f"{path} describes another shard", reason="manifest_name", path=path)
@@ -249,9 +272,29 @@ class Spool:
         """Return the SHA-256 of a manifest."""
         return digest(self.manifest_bytes(entry))
 
+    def path(self, entry: Entry) -> str:
+        """Return the path of a shard's file. Raises :class:`SpoolError` ``pruned``: only the store has it."""
+        path = os.path.join(self.shards, entry.shard)
+        if entry.sequence <= self.pruned and not os.path.exists(path):
+            raise SpoolError(
+                f"Shard {entry.sequence} is needed, but was pruned from {self.directory}: a store had confirmed it",
+                reason="pruned",
+                path=self.directory,
+                index=entry.first,
+                sequence=entry.sequence,
+                boot_id=entry.boot_id,
+                kept="its manifest, and all newer shards",
+                hint=f"take it from the store that pruned.json names, put it back as shards/{entry.shard}, run again",
+            )
+        return path
+
+    def manifest_path(self, entry: Entry) -> str:
+        """Return the path of a manifest."""
+        return os.path.join(self.shards, entry.manifest)
+
     def reader(self, entry: Entry) -> tuple[t.BinaryIO, ShardReader]:
         """Return the open file of a shard (to be closed by the caller) and its checking reader."""
-        path = os.path.join(self.shards, entry.shard)
+        path = self.path(entry)
         with _durable.failing(path, "open"):
             file = open(path, "rb")
         return file, ShardReader(file, self.manifest(entry), path)
@@ -273,7 +316,7 @@ class Spool:
 
     def chunk(self, entry: Entry, offset: int, size: int) -> dict[str, t.Any]:
         """Return ``size`` bytes of a shard's file from ``offset`` on, in base64."""
-        path = os.path.join(self.shards, entry.shard)
+        path = self.path(entry)
         with _durable.failing(path, "read"), open(path, "rb") as file:
             file.seek(offset)
             data = base64.b64encode(file.read(size)).decode("ascii")
@@ -338,6 +381,18 @@ class Spool:
 
     def _acknowledgement_path(self, entry: Entry) -> str:
         return os.path.join(self.shards, entry.stem + _ACK_SUFFIX)
+
+    def prune(self, entry: Entry, store: str, now: str) -> int:
+        """Remove the shard files up to ``entry``, which ``store`` holds by its own word of now; return how many.
+
+        The statement is durable before the first file goes; manifests and the store's words stay. If we died after
+        it: the files that are left harm nobody, and go the next time.
+        """
+        word = {"version": 1, "sequence": entry.sequence, "manifest": self.digest(entry), "store": store, "time": now}
+        if self.pruned < entry.sequence:
+            _durable.replace(os.path.join(self.directory, _PRUNED), canonical(word))
+        files = [os.path.join(self.shards, each.shard) for each in self.entries if each.sequence <= entry.sequence]
+        return sum(_durable.remove(path) for path in files)
 
     def allowed(self, entry: Entry, trim_after: str) -> bool:
         """Say whether the policy lets the records of a sealed shard leave the kernel."""

@@ -12,7 +12,6 @@ unaltered, and replays from zero to what its manifest says. ``stale``: consisten
 
 from __future__ import annotations
 
-import calendar
 import dataclasses
 import hashlib
 import time
@@ -47,6 +46,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     layout_of,
     parse_manifest,
 )
+from ansible_collections.integrity.ima.plugins.module_utils._snapshot import seconds_of
 from ansible_collections.integrity.ima.plugins.module_utils._store._base import Head, Store, follows
 from ansible_collections.integrity.ima.plugins.module_utils._tpm import QuoteError, check_document
 
@@ -190,7 +190,7 @@ def _seen(verdict: Verdict, claims: t.Sequence[Claim], now: float) -> None:
 
 def _seconds(text: str) -> float:
     try:
-        return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
+        return seconds_of(text)
     except ValueError:
         return 0.0
 

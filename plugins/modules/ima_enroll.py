@@ -22,6 +22,7 @@ extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.actiongroup_ima
   - integrity.ima._config
+  - integrity.ima._store
 attributes:
   check_mode:
     support: full
@@ -37,11 +38,6 @@ attributes:
     description: Runs on the controller too.
     support: full
 options:
-  store:
-    description:
-      - The absolute path of the store's directory on the controller. It must exist.
-    type: str
-    required: true
   name:
     description:
       - The name of the host in the store. If this is not given, it is the inventory's name.

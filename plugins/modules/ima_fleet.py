@@ -20,6 +20,7 @@ description:
 extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._store
 attributes:
   check_mode:
     support: full
@@ -37,11 +38,6 @@ attributes:
     description: Runs on the controller only.
     support: full
 options:
-  store:
-    description:
-      - The absolute path of the store's directory on the controller.
-    type: str
-    required: true
   hosts:
     description:
       - The inventory names of the hosts that the rotation was for.

@@ -18,11 +18,12 @@ description:
   - The shards come through the connection in bounded chunks, with any connection plugin and with privilege
     escalation. What a host sends is checked before it is used, and nothing in the store is ever overwritten.
   - A rotation that was interrupted anywhere is taken up by the next one. What the store has is not sent again.
-  - The host needs no credentials of the store. The path of the store is the only thing that it learns of it.
+  - The host needs no credentials of the store. The name of the store is the only thing that it learns of it.
 extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.actiongroup_ima
   - integrity.ima._config
+  - integrity.ima._store
 attributes:
   check_mode:
     support: full
@@ -36,11 +37,6 @@ attributes:
     description: Runs on the controller too.
     support: full
 options:
-  store:
-    description:
-      - The absolute path of the store's directory on the controller. It must exist.
-    type: str
-    required: true
   name:
     description:
       - The name of the host in the store. If this is not given, it is the inventory's name. The config of the host
@@ -56,10 +52,33 @@ options:
       - How many bytes of shards one round trip may bring.
     type: int
     default: 4194304
+  delivery:
+    description:
+      - How shards reach the store.
+      - V(controller) takes them through the connection, in chunks of at most O(chunk_bytes). It works with every
+        store and needs no way from the host to the store.
+      - V(direct) has the host send them itself. For each shard and its manifest the controller signs an address that
+        expires after 15 minutes, and at which nothing but these very bytes can be created, once. The host needs a way
+        to the store, and neither credentials nor libraries. Proxies and certificate authorities are those of the
+        environment (C(HTTPS_PROXY), C(NO_PROXY), C(SSL_CERT_FILE)). It works with C(s3://) stores.
+    type: str
+    choices: [controller, direct]
+    default: controller
+  most_bytes:
+    description:
+      - How many bytes of compressed shards a host may bring in one rotation. What is more is refused.
+    type: int
+    default: 17179869184
   _round:
     description:
       - Private. It is filled in by the controller.
     type: dict
+  _urls:
+    description:
+      - Private. It is filled in by the controller.
+    type: list
+    elements: str
+    default: []
 seealso:
   - module: integrity.ima.ima_export
   - module: integrity.ima.ima_trim
@@ -132,13 +151,17 @@ def main() -> None:
             name={"type": "str"},
             anchor={"type": "bool", "default": False},
             chunk_bytes={"type": "int", "default": 4194304},
+            delivery={"type": "str", "choices": ["controller", "direct"], "default": "controller"},
+            most_bytes={"type": "int", "default": 17179869184},
             _round={"type": "dict"},
+            _urls={"type": "list", "elements": "str", "no_log": True, "default": []},
         ),
         supports_check_mode=True,
     )
     if module.params["_round"] is None:
         module.fail_json(msg="This module works only together with its action plugin", reason="no_action_plugin")
-    params = dict(module.params["_round"], anchor=module.params["anchor"], chunk_bytes=module.params["chunk_bytes"])
+    keys = ("anchor", "chunk_bytes")
+    params = dict(module.params["_round"], urls=module.params["_urls"], **{key: module.params[key] for key in keys})
     run_on_host(module, lambda config: rotate(config, params, module.check_mode))
 
 

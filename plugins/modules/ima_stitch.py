@@ -20,6 +20,7 @@ description:
 extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._store
 attributes:
   check_mode:
     support: full
@@ -32,11 +33,6 @@ attributes:
   safe_file_operations:
     support: full
 options:
-  store:
-    description:
-      - The absolute path of the store's directory.
-    type: path
-    required: true
   host:
     description:
       - The inventory name of the host.
@@ -116,13 +112,13 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.integrity.ima.plugins.module_utils._module import run
 from ansible_collections.integrity.ima.plugins.module_utils._stitch import stitch
-from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
+from ansible_collections.integrity.ima.plugins.module_utils._store._open import open_store
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "store": {"type": "path", "required": True},
+            "store": {"type": "str", "required": True},
             "host": {"type": "str", "required": True},
             "boot_id": {"type": "str", "default": ""},
             "binary": {"type": "path"},
@@ -132,7 +128,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     store, host, boot_id, binary, text = (module.params[key] for key in ("store", "host", "boot_id", "binary", "ascii"))
-    run(module, lambda: stitch(DirectoryStore(store), host, boot_id, binary, text, module.check_mode))
+    run(module, lambda: stitch(open_store(store), host, boot_id, binary, text, module.check_mode))
 
 
 if __name__ == "__main__":

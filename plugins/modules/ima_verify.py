@@ -23,12 +23,8 @@ extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.info_module
   - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._store
 options:
-  store:
-    description:
-      - The absolute path of the store's directory.
-    type: path
-    required: true
   hosts:
     description:
       - The inventory names of the hosts. If this is not given, they are all hosts of the store and of its newest fleet
@@ -139,14 +135,14 @@ hosts:
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.integrity.ima.plugins.module_utils._module import run
-from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
+from ansible_collections.integrity.ima.plugins.module_utils._store._open import open_store
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import verify_fleet
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "store": {"type": "path", "required": True},
+            "store": {"type": "str", "required": True},
             "hosts": {"type": "list", "elements": "str"},
             "max_age": {"type": "int", "default": 0},
             "fail_on": {
@@ -159,7 +155,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     store, hosts, max_age, fail_on = (module.params[key] for key in ("store", "hosts", "max_age", "fail_on"))
-    run(module, lambda: verify_fleet(DirectoryStore(store), hosts, max_age, fail_on))
+    run(module, lambda: verify_fleet(open_store(store), hosts, max_age, fail_on))
 
 
 if __name__ == "__main__":

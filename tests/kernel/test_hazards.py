@@ -71,7 +71,9 @@ def test_killed_at_the_worst_instants(boot: Boot, kernel: str) -> None:
         journal = json.loads(host.vm.ssh("cat /var/lib/ima-snapshot/journal.json 2>/dev/null || echo '{}'"))
         assert instant == "shard" or journal["trim"], f"{instant}: {journal}"
         if kernel == "staging" and instant != "after-delete":
-            assert "STAGED" in host.vm.ssh(f"head -c 1 {LIST}_staged | wc -c | sed s,1,STAGED,"), "it died between A and D"
+            assert "STAGED" in host.vm.ssh(f"head -c 1 {LIST}_staged | wc -c | sed s,1,STAGED,"), (
+                "it died between A and D"
+            )
         host.keep(f"killed-{instant}")
         host.inventory()
         host.rotate()

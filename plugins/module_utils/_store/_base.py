@@ -46,6 +46,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._objects impo
     FORMAT_NAME,
     NO_FILE,
     Objects,
+    Signing,
 )
 
 MOST_STORED = 4 << 30  # bytes of one compressed shard
@@ -233,6 +234,40 @@ class Store:
             raise
         self._objects.create(self._prefix(host) + entry.manifest, data)
         _durable.remove(part)
+
+    def confirms(self, host: str, entry: Entry, manifest_digest: str) -> bool:
+        """Say, from what the store itself has now, whether shard and manifest are here, whole and unaltered."""
+        data = self.manifest_bytes(host, entry)
+        manifest = parse_manifest(data, f"manifest {entry.stem} of {host}")
+        name = self._prefix(host) + entry.shard
+        size, sha256 = manifest["stored_size"], manifest["stored_sha256"]
+        return digest(data) == manifest_digest and self._objects.confirms(name, size, sha256)
+
+    def has(self, host: str, entry: Entry, manifest_digest: str) -> bool:
+        """Say the same of what may not be here at all."""
+        known = self.names(host)[0]
+        here = {(entry, SHARD_SUFFIX), (entry, MANIFEST_SUFFIX)} <= known
+        return here and self.confirms(host, entry, manifest_digest)
+
+    def sign(self, host: str, manifest: Manifest) -> dict[str, t.Any] | None:
+        """Return what a host needs to put an accepted manifest and its shard here itself; None: this store cannot.
+
+        What is here already is not signed for: ``shard`` and ``document`` are None then, or ``url`` and ``headers``.
+        """
+        if not isinstance(self._objects, Signing):
+            return None
+        data, entry = canonical(manifest), entry_of(manifest)
+        wanted = {
+            "shard": (entry.shard, manifest["stored_size"], manifest["stored_sha256"]),
+            "document": (entry.manifest, len(data), digest(data)),
+        }
+        order: dict[str, t.Any] = {"sequence": entry.sequence, "manifest": digest(data), "store": self.name}
+        for what, (name, size, sha256) in wanted.items():
+            order[what] = None
+            if not self._objects.confirms(self._prefix(host) + name, size, sha256):
+                url, headers = self._objects.sign(self._prefix(host) + name, size, sha256)
+                order[what] = {"url": url, "headers": headers}
+        return order
 
     # -- what lies beside the shards --------------------------------------------------------------------------------
 

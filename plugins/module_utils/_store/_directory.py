@@ -17,11 +17,11 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import Store
 from ansible_collections.integrity.ima.plugins.module_utils._shard import BOOT_ID
 from ansible_collections.integrity.ima.plugins.module_utils._store._base import Store
 from ansible_collections.integrity.ima.plugins.module_utils._store._objects import (
-    FORMAT,
     FORMAT_NAME,
     NO_FILE,
     Check,
     Objects,
+    require_format,
 )
 
 
@@ -119,18 +119,6 @@ class DirectoryObjects(Objects):
         boots = [os.path.join(directory, name) for name in _durable.names(directory) if BOOT_ID.match(name)]
         for path in [directory, *boots]:
             _durable.sync_directory(path)
-
-
-def require_format(found: bytes, where: str) -> None:
-    """Refuse what is no store of this version: reason ``newer_version`` or ``store_foreign``."""
-    if found != FORMAT:
-        newer = found.startswith(FORMAT[:30])
-        raise StoreError(
-            f"{where} is {'a store of a newer version' if newer else 'not a store, and not empty'}",
-            reason="newer_version" if newer else "store_foreign",
-            path=where,
-            hint="update the collection on this machine" if newer else "name an empty place of its own",
-        )
 
 
 def _size(path: str) -> int:

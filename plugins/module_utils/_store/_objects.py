@@ -9,7 +9,14 @@
 from __future__ import annotations
 
 import abc
+import contextlib
+import hashlib
+import io
 import typing as t
+import urllib.parse
+
+from ansible_collections.integrity.ima.plugins.module_utils import _durable
+from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError
 
 FORMAT_NAME = "format.json"
 FORMAT = b'{"format":"integrity.ima store","version":1}'
@@ -68,3 +75,95 @@ class Objects(abc.ABC):
     @abc.abstractmethod
     def settle(self, prefix: str) -> None:
         """Make durable, or remove, what a dead writer left below ``prefix``; the caller keeps others away."""
+
+
+class Signing(Objects):
+    """Objects for whose creation somebody without credentials can be given an address."""
+
+    @abc.abstractmethod
+    def sign(self, name: str, size: int, sha256: str) -> tuple[str, dict[str, str]]:
+        """Return an address at which whoever has it can create this one object, and the headers that go with it."""
+
+
+def require_format(found: bytes, where: str) -> None:
+    """Refuse what is no store of this version: reason ``newer_version`` or ``store_foreign``."""
+    if found != FORMAT:
+        newer = found.startswith(FORMAT[:30])
+        raise StoreError(
+            f"{where} is {'a store of a newer version' if newer else 'not a store, and not empty'}",
+            reason="newer_version" if newer else "store_foreign",
+            path=where,
+            hint="update the collection on this machine" if newer else "name an empty place of its own",
+        )
+
+
+def exists_different(where: str, ours: str) -> StoreError:
+    """Return the error for a name that has other bytes already."""
+    return StoreError(
+        f"{where} exists already with other bytes (ours would have SHA-256 {ours})",
+        reason="exists_different",
+        kept="the object that was there",
+        expected=ours,
+        hint="two histories claim one name: keep both machines' spools and find out who wrote it",
+    )
+
+
+def library_missing(library: str, what: str) -> StoreError:
+    """Return the error for a library that the controller lacks."""
+    return StoreError(
+        f"{what} needs the Python library {library}",
+        reason="library_missing",
+        hint=f"install {library} for the Python that runs ansible-playbook",
+    )
+
+
+def query_of(parts: urllib.parse.SplitResult, known: t.Sequence[str]) -> dict[str, str]:
+    """Return the options behind the ``?`` of a store's address. Raises reason ``store_address``."""
+    options = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    unknown = sorted(set(options) - set(known))
+    if unknown or parts.fragment:
+        raise StoreError(
+            f"A store's address {parts.scheme}:// has no option {', '.join(unknown) or '#'}",
+            reason="store_address",
+            hint=f"the options are {', '.join(known)}",
+        )
+    return options
+
+
+def hashed(file: t.BinaryIO) -> tuple[int, str]:
+    """Return size and SHA-256 of a stream, to its end."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in iter(lambda: file.read(_durable.CHUNK), b""):
+        digest.update(chunk)
+        size += len(chunk)
+    return size, digest.hexdigest()
+
+
+class Source(io.RawIOBase):
+    """A ``read(size)`` of a library as a raw stream, with its errors translated."""
+
+    def __init__(
+        self,
+        read: t.Callable[[int], bytes],
+        close: t.Callable[[], t.Any],
+        asking: t.Callable[[], contextlib.AbstractContextManager[t.Any]],
+    ) -> None:
+        super().__init__()
+        self._read, self._close, self._asking = read, close, asking
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: t.Any) -> int:
+        """Fill ``buffer`` as far as one read goes."""
+        with self._asking():
+            data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """Let go of what is behind it."""
+        if not self.closed:
+            self._close()
+        super().close()

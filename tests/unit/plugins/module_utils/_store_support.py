@@ -87,7 +87,8 @@ class Host:
         options = dict({"anchor": False, "chunk_bytes": CHUNK}, **options)
 
         def here(one_round: Json) -> Json:
-            return self.answer(one_round, check=check, **options)
+            own = {key: value for key, value in options.items() if key in ("anchor", "chunk_bytes")}
+            return self.answer(one_round, check=check, **own)
 
         return Rotation(store, self.name, call or here, options)
 

@@ -1,0 +1,51 @@
+# Copyright (c) 2026, The integrity.ima authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+# This file is private to the collection: it may change without notice.
+
+"""The controller's half of pruning: what the host would remove is confirmed by the store first, one by one, now."""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError
+from ansible_collections.integrity.ima.plugins.module_utils._rotation import Call, checked
+from ansible_collections.integrity.ima.plugins.module_utils._schema import CANDIDATES
+from ansible_collections.integrity.ima.plugins.module_utils._store._base import Store
+
+
+def prune(store: Store, host: str, call: Call, check_mode: bool) -> dict[str, t.Any]:
+    """Have the host remove the shard files that its retention lets go and that ``store`` confirms; return the result.
+
+    Raises :class:`StoreError` ``not_confirmed`` when the store does not have, byte for byte, what the host believes.
+    """
+    answer = checked(call({"confirmed": None}), CANDIDATES, "candidates")
+    candidates, pruned = answer["candidates"], 0
+    while candidates:
+        _confirm(store, host, candidates)
+        if check_mode:
+            pruned += len(candidates)
+            break
+        last = dict(candidates[-1], store=store.name)
+        answer = checked(call({"confirmed": last}), CANDIDATES, "candidates")
+        if not answer["pruned"]:
+            break
+        pruned, candidates = pruned + answer["pruned"], answer["candidates"]
+    return {"changed": pruned > 0, "pruned": pruned, "kept": answer["kept"] - (pruned if check_mode else 0)}
+
+
+def _confirm(store: Store, host: str, candidates: list[dict[str, t.Any]]) -> None:
+    """Compare size and SHA-256 of each candidate's shard and manifest from the store's side."""
+    known = {entry.sequence: entry for entry in store.entries(host)}
+    for candidate in candidates:
+        entry = known.get(candidate["sequence"])
+        if entry is None or not store.confirms(host, entry, candidate["manifest"]):
+            raise StoreError(
+                f"{store.name} does not confirm shard {candidate['sequence']} of {host}, which the host would prune",
+                reason="not_confirmed",
+                sequence=candidate["sequence"],
+                kept="everything on the host",
+                hint="verify the host: the store lost or changed what it had acknowledged",
+            )
