@@ -302,9 +302,10 @@ class Host:
         if not os.environ.get("KERNEL_CAPTURES"):
             return
         capture = dict(capture or self.vm.capture(), kernel=self.vm.release, cmdline=self.vm.cmdline, base=self.base)
-        into = Path(os.environ["KERNEL_CAPTURES"]) / f"{self.vm.kernel}-{title}"
+        name = re.sub(r"[^a-z0-9]+", "-", self.facts["test"][len("test_") :]).strip("-")
+        into = Path(os.environ["KERNEL_CAPTURES"]) / f"{name}.{title}"
         shutil.rmtree(into, ignore_errors=True)
-        shutil.copytree(self.store, into / "store")
+        shutil.copytree(self.store, into / "store", ignore=shutil.ignore_patterns(".*"))
         (into / "live.binary").write_bytes(capture.pop("list"))
         (into / "meta.json").write_text(json.dumps(capture, indent=1, sort_keys=True) + "\n")
 

@@ -41,6 +41,7 @@ _REASONS = {
     "InvalidAccessKeyId": "store_denied",
     "SignatureDoesNotMatch": "store_denied",
     "NoSuchBucket": "store_missing",
+    "InvalidBucketName": "store_address",
     "BadDigest": "checksum_refused",
     "XAmzContentChecksumMismatch": "checksum_refused",
     "InvalidDigest": "checksum_refused",
@@ -60,6 +61,19 @@ class S3Objects(Signing):
     """Objects of a bucket below a prefix: ``s3://bucket/prefix?endpoint=URL&region=NAME&profile=NAME``."""
 
     def __init__(self, address: str) -> None:
+        self._address(address)
+        try:
+            found = self.read(FORMAT_NAME, len(FORMAT) + 1)
+        except FileNotFoundError:
+            with self._asking("list"):
+                some = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+            if not some.get("KeyCount"):
+                return
+            found = b""
+        require_format(found, self.name)
+
+    def _address(self, address: str) -> None:
+        """Take an address apart, and make a client; nothing is asked of the server."""
         parts = urllib.parse.urlsplit(address)
         self._options = query_of(parts, ("endpoint", "region", "profile"))
         if not parts.netloc or "@" in parts.netloc:
@@ -74,15 +88,6 @@ class S3Objects(Signing):
         self.name = f"s3://{parts.netloc}{parts.path.rstrip('/')}"
         self._write_once = False  # not seen yet
         self._client = self._new_client()
-        try:
-            found = self.read(FORMAT_NAME, len(FORMAT) + 1)
-        except FileNotFoundError:
-            with self._asking("list"):
-                some = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
-            if not some.get("KeyCount"):
-                return
-            found = b""
-        require_format(found, self.name)
 
     def _new_client(self) -> t.Any:
         try:
@@ -246,6 +251,53 @@ class S3Objects(Signing):
 
     def settle(self, prefix: str) -> None:
         """See :class:`Objects`: an object is there as a whole or not at all."""
+
+    # -- what protects the bucket -------------------------------------------------------------------------------------
+
+    @classmethod
+    def make_bucket(cls, address: str, check: bool) -> bool:
+        """Create the bucket, with object lock, if it is not there; say whether that was, or would be, needed."""
+        objects = cls.__new__(cls)
+        objects._address(address)
+        try:
+            with objects._asking("look at the bucket"):
+                objects._client.head_bucket(Bucket=objects._bucket)
+            return False
+        except FileNotFoundError:
+            pass
+        if not check:
+            with objects._asking("create the bucket"):
+                region = objects._client.meta.region_name
+                where = {"LocationConstraint": region} if region != "us-east-1" else None
+                options = {"CreateBucketConfiguration": where} if where else {}
+                objects._client.create_bucket(Bucket=objects._bucket, ObjectLockEnabledForBucket=True, **options)
+        return True
+
+    def protection(self) -> dict[str, t.Any]:
+        """Return whether versions are kept and how objects are locked; None for what the account may not know."""
+        state: dict[str, t.Any] = {"versioning": None, "lock": None}
+        with contextlib.suppress(StoreError), self._asking("look at versioning"):
+            state["versioning"] = self._client.get_bucket_versioning(Bucket=self._bucket).get("Status", "Disabled")
+        with contextlib.suppress(StoreError, FileNotFoundError), self._asking("look at object lock"):
+            found = self._client.get_object_lock_configuration(Bucket=self._bucket)["ObjectLockConfiguration"]
+            rule = found.get("Rule", {}).get("DefaultRetention", {})
+            days = rule.get("Days") or 365 * rule.get("Years", 0)
+            state["lock"] = {"mode": rule.get("Mode", ""), "days": days}
+        return state
+
+    def enable_versioning(self) -> None:
+        """Keep every version of every object."""
+        with self._asking("enable versioning"):
+            self._client.put_bucket_versioning(Bucket=self._bucket, VersioningConfiguration={"Status": "Enabled"})
+
+    def set_lock(self, mode: str, days: int) -> None:
+        """Lock what is created from now on, for so many days."""
+        retention = {"Mode": mode, "Days": days}
+        with self._asking("set the object lock"):
+            self._client.put_object_lock_configuration(
+                Bucket=self._bucket,
+                ObjectLockConfiguration={"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": retention}},
+            )
 
     # -- for a host that writes by itself ---------------------------------------------------------------------------
 

@@ -51,6 +51,15 @@ class SftpObjects(Objects):
     """Objects as files of an SFTP server: ``sftp://user@host:port/path?known_hosts=FILE&key=FILE``."""
 
     def __init__(self, address: str) -> None:
+        self._address(address)
+        with self._asking("open"):
+            try:
+                require_format(self.read(FORMAT_NAME, len(FORMAT) + 1), self.name)
+            except FileNotFoundError:
+                self._require_empty()
+
+    def _address(self, address: str) -> None:
+        """Take an address apart; nothing is asked of the server."""
         parts = urllib.parse.urlsplit(address)
         self._options = query_of(parts, ("known_hosts", "key"))
         self._root = urllib.parse.unquote(parts.path).rstrip("/")
@@ -62,13 +71,28 @@ class SftpObjects(Objects):
                 hint="log in with a key or an agent",
             )
         self.name = f"sftp://{parts.netloc}{parts.path}"
+        self.syncs: bool | None = None  # whether the server makes a file durable when asked; None: not asked yet
         self._client: t.Any = None
         self._sftp: t.Any = None
-        with self._asking("open"):
-            try:
-                require_format(self.read(FORMAT_NAME, len(FORMAT) + 1), self.name)
-            except FileNotFoundError:
-                self._require_empty()
+
+    @classmethod
+    def make_root(cls, address: str, check: bool) -> bool:
+        """Create the store's directory if it is not there; say whether that was, or would be, needed."""
+        objects = cls.__new__(cls)
+        objects._address(address)
+        try:
+            with objects._asking("create the directory"):
+                missing = objects._size_of(objects._root or "/") is None
+                if missing and not check:
+                    objects._connection().mkdir(objects._root, 0o700)
+                return missing
+        finally:
+            objects.close()
+
+    def remove_probe(self, name: str) -> None:
+        """Remove what was created to see whether the server overwrites; nothing else is ever removed by its name."""
+        with self._asking("remove a probe"):
+            self._connection().remove(self._path(name))
 
     def _require_empty(self) -> None:
         try:
@@ -264,9 +288,11 @@ class SftpObjects(Objects):
 
         try:
             self._connection()._request(CMD_EXTENDED, _FSYNC, file.handle)
+            self.syncs = True
         except OSError as error:
             if "unsupported" not in str(error).lower():
                 raise
+            self.syncs = False
 
     def _same(self, name: str, size: int, sha256: str) -> bool:
         if not self.confirms(name, size, sha256):

@@ -17,7 +17,7 @@ ORDER = tuple(
     """
     _errors _schema _durable _securityfs _measurement_list _pcr _saved_list _emulated _protocol _shard _spool _tpm
     _upload _snapshot _host _store._objects _store._base _store._directory _store._sftp _store._s3 _store._open
-    _verifier _fleet _rotation _retention _stitch _module
+    _store._prepare _verifier _fleet _rotation _retention _stitch _module
     """.split()
 )
 LONGEST = 60  # lines of a function: a screen
