@@ -6,6 +6,7 @@
 #   KILL_AT=shard          a shard has its name, its manifest does not exist yet
 #   KILL_AT=before-delete  the journal says what is going to be deleted, the kernel has not been asked yet
 #   KILL_AT=after-delete   the kernel has deleted, the journal does not say so yet
+#   KILL_AT=before-D, after-D   the same around the deletion of a staged list
 
 import os
 import re
@@ -25,11 +26,12 @@ def deadly_link(source, target, **options):
 
 
 def deadly_write(descriptor, data):
-    deletes = re.match(rb"([0-9]+|D)\n\Z", bytes(data)) and "/security/" in os.readlink(f"/proc/self/fd/{descriptor}")
-    if deletes and where == "before-delete":
+    what = "D" if bytes(data) == b"D\n" else "delete" if re.match(rb"[0-9]+\n\Z", bytes(data)) else ""
+    deletes = what and "/security/" in os.readlink(f"/proc/self/fd/{descriptor}")
+    if deletes and where == f"before-{what}":
         die()
     written = write(descriptor, data)
-    if deletes and where == "after-delete":
+    if deletes and where == f"after-{what}":
         die()
     return written
 
