@@ -317,6 +317,11 @@ JOURNAL = _document(
     ),
 )
 
+RETENTION = _document(
+    "For how many days a store keeps shard files; manifests stay for ever",
+    _object({"version": {"const": 1}, "shard_days": {"type": "integer", "minimum": 1, "maximum": 36500}}),
+)
+
 PRUNED = _document(
     "Up to where the files of a spool's shards were removed, and which store held them then",
     _object(

@@ -98,6 +98,7 @@ class Verdict:
     pcrs: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     quotes: int = 0
     attested_to: int | None = None
+    expired: int = 0
     seen: str = ""
     warnings: list[str] = dataclasses.field(default_factory=list)
     sound: bool = False
@@ -209,6 +210,7 @@ class _History:
         self.manifests: dict[int, Manifest] = {}
         self._reported: list[tuple[int, Broken]] = []
         self._points: list[_Point] = []
+        self._expired = 0  # the sequence up to which there are manifests only
 
     def walk(self) -> None:
         """Check everything; raise the first fault."""
@@ -220,8 +222,14 @@ class _History:
             head = self._manifest(entry, head)
         self._orphans()
         self._points = self._quoted()
+        self._expired = self._store.expired(self._host)
+        if self._expired:
+            self._verdict.expired = self._expired
+            self._verdict.warn(
+                f"{self._expired} shards expired in the store: of their records only the chain of manifests was checked"
+            )
         replays = _Epochs(self._points)
-        for entry in self._entries:
+        for entry in self._entries[self._expired :]:
             self._shard(entry, replays)
 
     def reported(self, newest_boot: bool) -> None:
@@ -406,7 +414,8 @@ class _History:
             return
         last = len(self._entries)
         for point in points:
-            if point.index is None and point.sequence < last:
+            # A quote is reached in the shard that it follows or in the next ones: they may have expired.
+            if point.index is None and self._expired < point.sequence < last:
                 raise Broken(
                     "the list never reaches the PCR values that the TPM signed",
                     reason="quote_not_reached",

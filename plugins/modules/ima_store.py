@@ -53,6 +53,14 @@ options:
     type: str
     choices: [GOVERNANCE, COMPLIANCE]
     default: GOVERNANCE
+  shard_days:
+    description:
+      - For how many days the store keeps shard files, if a lifecycle of its own removes older ones. Manifests must
+        stay. It is recorded in the store, so that M(integrity.ima.ima_verify) can tell an expired shard from a lost
+        one.
+      - This records the number only. The lifecycle is for you to set. It cannot be changed here later.
+    type: int
+    default: 0
 seealso:
   - module: integrity.ima.ima_rotate
   - module: integrity.ima.ima_verify
@@ -113,11 +121,12 @@ def main() -> None:
             "store": {"type": "str", "required": True},
             "create": {"type": "bool", "default": False},
             "lock_days": {"type": "int", "default": 0},
+            "shard_days": {"type": "int", "default": 0},
             "lock_mode": {"type": "str", "choices": ["GOVERNANCE", "COMPLIANCE"], "default": "GOVERNANCE"},
         },
         supports_check_mode=True,
     )
-    options = {key: module.params[key] for key in ("create", "lock_days", "lock_mode")}
+    options = {key: module.params[key] for key in ("create", "lock_days", "lock_mode", "shard_days")}
     run(module, lambda: prepare(module.params["store"], check=module.check_mode, **options))
 
 

@@ -124,6 +124,9 @@ hosts:
     quotes:
       description: The number of quotes that were checked.
       type: int
+    expired:
+      description: The number of shards whose files the store's lifecycle removed. Their records were not read again.
+      type: int
     attested_to:
       description: The index up to which a TPM's quote speaks for the records, null if there is none.
       type: int

@@ -18,6 +18,7 @@ import errno
 import fcntl
 import os
 import re
+import time
 import typing as t
 import urllib.parse
 
@@ -28,7 +29,14 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import (
     WriteError,
     printable,
 )
-from ansible_collections.integrity.ima.plugins.module_utils._schema import FLEET, IDENTITY, LIMIT, canonical, parse
+from ansible_collections.integrity.ima.plugins.module_utils._schema import (
+    FLEET,
+    IDENTITY,
+    LIMIT,
+    RETENTION,
+    canonical,
+    parse,
+)
 from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     BOOT_ID,
     MANIFEST_SUFFIX,
@@ -41,10 +49,12 @@ from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     parse_manifest,
     parse_name,
 )
+from ansible_collections.integrity.ima.plugins.module_utils._snapshot import seconds_of
 from ansible_collections.integrity.ima.plugins.module_utils._store._objects import (
     FORMAT,
     FORMAT_NAME,
     NO_FILE,
+    RETENTION_NAME,
     Objects,
     Signing,
 )
@@ -348,22 +358,50 @@ class Store:
     def head(self, host: str) -> Head | None:
         """Return the newest shard of a host up to which all are here: what an acknowledgement may speak of.
 
-        All must have their names; the newest ``_SIZED`` must have the sizes that their manifests give, too.
+        All must have their names, but for those that expired; the newest ``_SIZED`` must have the sizes that their
+        manifests give, too.
         """
         known, _other = self._sorted_out(self._objects.sizes(self._prefix(host)))
+        expired = self._expired(host, known)
         run: list[Entry] = []
         for entry in sorted(entry for entry, suffix in known if suffix == MANIFEST_SUFFIX):
-            if entry.sequence != len(run) + 1 or known.get((entry, SHARD_SUFFIX), NO_FILE) < 0:
+            here = entry.sequence <= expired or known.get((entry, SHARD_SUFFIX), NO_FILE) >= 0
+            if entry.sequence != len(run) + 1 or not here:
                 break
             run.append(entry)
         whole: Head | None = None
         for entry in run[-_SIZED:]:
             manifest = self.manifest(host, entry)
-            if known[entry, SHARD_SUFFIX] != manifest["stored_size"]:
+            if entry.sequence > expired and known[entry, SHARD_SUFFIX] != manifest["stored_size"]:
                 before = run[: entry.sequence - 1][-1:]
                 return whole or (self._head_at(host, before[0]) if before else None)
             whole = Head(manifest, digest(canonical(manifest)))
         return whole
+
+    def expired(self, host: str) -> int:
+        """Return the sequence up to which the store's lifecycle has removed shard files; 0: none."""
+        return self._expired(host, self._sorted_out(self._objects.sizes(self._prefix(host)))[0])
+
+    def _expired(self, host: str, known: dict[tuple[Entry, str], int]) -> int:
+        """The files of the oldest shards may be gone, without a gap, when the store says that it keeps them so long."""
+        days = self.retention_days()
+        oldest: Entry | None = None
+        for entry in sorted(entry for entry, suffix in known if suffix == MANIFEST_SUFFIX) if days else []:
+            if (entry, SHARD_SUFFIX) in known or entry.sequence != (oldest.sequence if oldest else 0) + 1:
+                break
+            oldest = entry
+        if oldest is None or days is None:
+            return 0
+        sealed = seconds_of(self.manifest(host, oldest)["time"])
+        return oldest.sequence if time.time() - sealed > days * 86400 else 0
+
+    def retention_days(self) -> int | None:
+        """Return for how many days this store keeps shard files, as ``ima_store`` recorded it; None: for ever."""
+        try:
+            data = self._objects.read(RETENTION_NAME, LIMIT + 1)
+        except FileNotFoundError:
+            return None
+        return int(parse(data, RETENTION, f"the retention of {self.name}", StoreError)["shard_days"])
 
     def _head_at(self, host: str, entry: Entry) -> Head:
         manifest = self.manifest(host, entry)

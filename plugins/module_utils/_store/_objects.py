@@ -19,6 +19,7 @@ from ansible_collections.integrity.ima.plugins.module_utils import _durable
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError
 
 FORMAT_NAME = "format.json"
+RETENTION_NAME = "retention.json"
 FORMAT = b'{"format":"integrity.ima store","version":1}'
 NO_FILE = -1  # the size of what has a name and is no regular file
 

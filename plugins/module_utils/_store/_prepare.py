@@ -16,8 +16,14 @@ import typing as t
 from ansible_collections.integrity.ima.plugins.module_utils import _durable
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError, WriteError
 from ansible_collections.integrity.ima.plugins.module_utils._protocol import require_durable
+from ansible_collections.integrity.ima.plugins.module_utils._schema import canonical
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryObjects
-from ansible_collections.integrity.ima.plugins.module_utils._store._objects import FORMAT, FORMAT_NAME, Objects
+from ansible_collections.integrity.ima.plugins.module_utils._store._objects import (
+    FORMAT,
+    FORMAT_NAME,
+    RETENTION_NAME,
+    Objects,
+)
 from ansible_collections.integrity.ima.plugins.module_utils._store._s3 import S3Objects
 from ansible_collections.integrity.ima.plugins.module_utils._store._sftp import SftpObjects
 
@@ -30,15 +36,16 @@ class _Wish(t.NamedTuple):
     create: bool
     lock_mode: str
     lock_days: int
+    shard_days: int
     check: bool
 
 
-def prepare(store: str, *, create: bool, lock_mode: str, lock_days: int, check: bool) -> Result:
+def prepare(store: str, *, create: bool, lock_mode: str, lock_days: int, shard_days: int, check: bool) -> Result:
     """Check a store; with ``create`` make what is missing. Return what was found and done; ``check`` changes nothing.
 
     Raises :class:`StoreError` with the reasons of :func:`_open.open_store`, ``not_write_once`` or ``not_locked``.
     """
-    wish = _Wish(create, lock_mode, lock_days, check)
+    wish = _Wish(create, lock_mode, lock_days, shard_days, check)
     if store.startswith("s3://"):
         return _s3(store, wish)
     if lock_days:
@@ -50,13 +57,24 @@ def _found(kind: str, changed: bool, **more: t.Any) -> Result:
     return dict({"changed": changed, "kind": kind, "write_once": None, "versioning": None, "lock": None}, **more)
 
 
-def _format(objects: Objects, check: bool) -> bool:
-    """Make it a store, if it is none yet; say whether that was, or would be, a change."""
-    try:
-        objects.read(FORMAT_NAME, 1)
-        return False
-    except FileNotFoundError:
-        return True if check else objects.create(FORMAT_NAME, FORMAT)
+def _documents(objects: Objects, wish: _Wish) -> bool:
+    """Make it a store, if it is none yet, and record its retention; say whether that was, or would be, a change."""
+    wanted = {FORMAT_NAME: FORMAT}
+    if wish.shard_days:
+        wanted[RETENTION_NAME] = canonical({"version": 1, "shard_days": wish.shard_days})
+    changed = False
+    for name, data in wanted.items():
+        try:
+            if objects.read(name, len(data) + 1) != data:
+                raise StoreError(
+                    f"{objects.name} keeps shards for another number of days already ({name})",
+                    reason="exists_different",
+                    kept=name,
+                    hint=f"if that has to change, remove {name} from the store by hand",
+                )
+        except FileNotFoundError:
+            changed = True if wish.check else objects.create(name, data) or changed
+    return changed
 
 
 def _probe(objects: DirectoryObjects | SftpObjects, remove: t.Callable[[str], None]) -> None:
@@ -89,7 +107,7 @@ def _directory(path: str, wish: _Wish) -> Result:
     narrowed = bool(mode & 0o077) and wish.create
     if narrowed and not wish.check:
         os.chmod(path, 0o700)
-    formatted = _format(objects, wish.check)
+    formatted = _documents(objects, wish)
     if not wish.check:
         _probe(objects, lambda name: os.unlink(os.path.join(path, name)))
     return _found(
@@ -102,7 +120,7 @@ def _sftp(address: str, wish: _Wish) -> Result:
     if changed and wish.check:
         return _found("sftp", True)
     objects = SftpObjects(address)
-    changed = _format(objects, wish.check) or changed
+    changed = _documents(objects, wish) or changed
     if not wish.check:
         _probe(objects, objects.remove_probe)
     return _found("sftp", changed, write_once=None if wish.check else True, fsync=objects.syncs)
@@ -129,7 +147,7 @@ def _s3(address: str, wish: _Wish) -> Result:
         changed = True
         if not wish.check:
             objects.set_lock(wish.lock_mode, wish.lock_days)
-    changed = _format(objects, wish.check) or changed
+    changed = _documents(objects, wish) or changed
     if not wish.check:
         objects.create(FORMAT_NAME, FORMAT)  # a second time: the server must refuse
         state = objects.protection()

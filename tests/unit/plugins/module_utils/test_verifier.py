@@ -768,3 +768,46 @@ def test_verifying_changes_nothing(store: DirectoryStore) -> None:
     before = support.tree(store.directory)
     verify_fleet(store, None, 10, [])
     assert support.tree(store.directory) == before
+
+
+# -- shards that the store's lifecycle removed ---------------------------------------------------------------------
+
+
+def keep_for(store: DirectoryStore, days: int) -> None:
+    support.write(os.path.join(store.directory, "retention.json"), canonical({"version": 1, "shard_days": days}))
+
+
+def old(monkeypatch: pytest.MonkeyPatch, days: int) -> None:
+    now = time.time() + days * 86400
+    monkeypatch.setattr(time, "time", lambda: now)
+
+
+def test_expired_shards_are_counted_and_not_missed(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_for(store, 30)
+    paths = [support.paths(store, sealed)[0] for sealed in support.take(store)[:2]]
+    for path in paths:
+        os.unlink(path)
+    assert judged(store, claims=False).reason == "missing_shard", "they are not old yet"
+    assert store.head("h") is None
+    old(monkeypatch, 31)
+    verdict = judged(store, claims=False)
+    assert (verdict.verdict, verdict.expired) == ("consistent", 2)
+    assert any("2 shards expired" in said for said in verdict.warnings)
+    assert store.head("h") is not None and store.expired("h") == 2
+
+
+def test_a_hole_behind_a_shard_that_is_there_never_expired(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_for(store, 30)
+    old(monkeypatch, 31)
+    remove(store, 2, "shard")
+    assert judged(store, claims=False).reason == "missing_shard" and store.expired("h") == 0
+
+
+def test_nothing_expires_in_a_store_that_says_nothing_of_it(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old(monkeypatch, 10000)
+    remove(store, 1, "shard")
+    assert judged(store, claims=False).reason == "missing_shard"
