@@ -33,6 +33,7 @@ class ActionModule(ActionBase):
                 "config": {"type": "path", "default": "/etc/ima/snapshot.conf"},
                 "store": {"type": "str", "required": True},
                 "name": {"type": "str", "default": variables.get("inventory_hostname")},
+                "key": {"type": "path", "no_log": False},
                 "anchor": {"type": "bool", "default": False},
                 "chunk_bytes": {"type": "int", "default": 4 << 20},
                 "delivery": {"type": "str", "choices": ["controller", "direct"], "default": "controller"},
@@ -53,7 +54,10 @@ class ActionModule(ActionBase):
 
         try:
             rotation = Rotation(
-                open_store(args["store"]), args["name"], call, dict(args, direct=args["delivery"] == "direct")
+                open_store(args["store"], args["key"]),
+                args["name"],
+                call,
+                dict(args, direct=args["delivery"] == "direct"),
             )
         except (ImaError, OSError) as error:
             return _failed(args["name"], error, {})

@@ -23,3 +23,12 @@ options:
     type: str
     required: true
 """
+
+    # For what reads shards.
+    KEY = r"""
+options:
+  key:
+    description:
+      - The file of a private key, in PEM, that opens encrypted shards. It is needed only where hosts encrypt them.
+    type: path
+"""

@@ -151,6 +151,11 @@ class NewFile:
             with failing(self.path, "close the directory of"):
                 os.close(directory)
 
+    @property
+    def temporary(self) -> str:
+        """The path of a sealed file that has no name yet."""
+        return os.path.join(os.path.dirname(self.path), self._temporary)
+
     def publish_as(self, name: str) -> bool:
         """Publish under another name of the same directory, one that was not known when the file was begun."""
         self.path, self._name = os.path.join(os.path.dirname(self.path), name), name

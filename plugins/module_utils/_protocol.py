@@ -73,6 +73,7 @@ class Config(t.NamedTuple):
     keep_days: int | None = None
     keep_shards: int | None = None
     keep_bytes: int | None = None
+    recipients: str = ""
 
     def lists(self) -> Lists:
         """Return the measurement lists that the config names, the kernel's or an emulated kernel's."""
@@ -138,6 +139,7 @@ _KEYS: dict[str, dict[str, tuple[t.Callable[[str], t.Any], str | None]]] = {
         "directory": (_path, DIRECTORY),
         "busy_timeout": (_number(0, 3600), "30"),
     },
+    "encryption": {"recipients": (_path, "")},
     "retention": {
         "keep_days": (_optional(0, 36500), ""),
         "keep_shards": (_optional(1, 10**8), ""),

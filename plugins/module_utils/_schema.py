@@ -280,7 +280,8 @@ MANIFEST = _document(
             },
             "faults": {"type": "array", "maxItems": 16, "items": _ref("fault")},
             "time": _ref("time"),
-        }
+        },
+        encryption={"const": "cms"},
     ),
 )
 

@@ -17,6 +17,7 @@ import typing as t
 import zlib
 
 from ansible_collections.integrity.ima.plugins.module_utils import _durable
+from ansible_collections.integrity.ima.plugins.module_utils._encryption import CMS, encrypt
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ManifestError
 from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import Layout
 from ansible_collections.integrity.ima.plugins.module_utils._schema import MANIFEST, canonical, parse
@@ -58,6 +59,11 @@ class Entry:
     def manifest(self) -> str:
         """The manifest's name, relative to the directory of shards."""
         return self.stem + MANIFEST_SUFFIX
+
+
+def plain_of(path: str) -> str:
+    """Return the path of the readable file beside an encrypted shard; it never leaves the host."""
+    return path[: -len(SHARD_SUFFIX)] + ".plain.gz"
 
 
 def entry_of(manifest: Manifest) -> Entry:
@@ -105,6 +111,7 @@ class ShardFile:
 
     def __init__(self, path: str) -> None:
         self._file = _durable.NewFile(path)
+        self._copy: _durable.NewFile | None = None
         self._stored = hashlib.sha256()
         self._raw = hashlib.sha256()
         self.count = self.size = 0
@@ -138,13 +145,38 @@ class ShardFile:
             "stored_sha256": self._stored.hexdigest(),
         }
 
+    def encrypt(self, recipients: list[str]) -> dict[str, t.Any]:
+        """Make an encrypted copy, durable under a temporary name: what is delivered. Return its members.
+
+        After :meth:`close`. Raises :class:`StoreError`: see :func:`_encryption.encrypt`.
+        """
+        self._copy = _durable.NewFile(self._file.path)
+        stored = hashlib.sha256()
+
+        def write(data: bytes) -> None:
+            stored.update(data)
+            t.cast(_durable.NewFile, self._copy).write(data)
+
+        encrypt(self._file.temporary, recipients, write)
+        self._copy.seal()
+        self._copy.rest()
+        return {"stored_size": self._copy.size, "stored_sha256": stored.hexdigest(), "encryption": CMS}
+
     def publish(self, path: str) -> bool:
-        """Give it its name, which only now is known; False when it was there with these bytes."""
-        return self._file.publish_as(os.path.basename(path))
+        """Give it its name, which only now is known; False when it was there with these bytes.
+
+        The readable file of an encrypted shard gets its own name first.
+        """
+        if self._copy is None:
+            return self._file.publish_as(os.path.basename(path))
+        self._file.publish_as(os.path.basename(plain_of(path)))
+        return self._copy.publish_as(os.path.basename(path))
 
     def discard(self) -> None:
         """Forget it."""
         self._file.discard()
+        if self._copy is not None:
+            self._copy.discard()
 
 
 class ShardReader:
@@ -156,6 +188,8 @@ class ShardReader:
 
     def __init__(self, file: t.BinaryIO, manifest: Manifest, what: str) -> None:
         self._file, self._manifest, self._what = file, manifest, what
+        # The manifest gives size and digest of what is stored: of an encrypted shard that is not what is read here.
+        self._readable = "encryption" not in manifest
         self._inflate = zlib.decompressobj(wbits=31)
         self._raw, self._stored = hashlib.sha256(), hashlib.sha256()
         self._size = self._stored_size = 0
@@ -190,7 +224,7 @@ class ShardReader:
             raise self._altered("ends too early" if not self._inflate.eof else "has bytes behind its end")
         found = (self._stored_size, self._stored.hexdigest(), self._size, self._raw.hexdigest())
         wanted = tuple(self._manifest[key] for key in ("stored_size", "stored_sha256", "size", "sha256"))
-        if found != wanted:
+        if found[2:] != wanted[2:] or (self._readable and found != wanted):
             raise self._altered(
                 f"has SHA-256 {found[3]} ({found[2]} bytes), the manifest says {wanted[3]} ({wanted[2]} bytes)"
             )
@@ -204,6 +238,33 @@ class ShardReader:
             index=self._manifest["first"],
             sequence=self._manifest["sequence"],
             boot_id=self._manifest["boot_id"],
+            hint="compare with the other copy (host's spool, central storage) before anything is removed",
+        )
+
+
+def check_stored(file: t.BinaryIO, manifest: Manifest, what: str) -> None:
+    """Read a shard's file as it is stored; what can be read of it without a key must be as its manifest says.
+
+    Raises :class:`ManifestError` ``shard_altered``.
+    """
+    if "encryption" not in manifest:
+        reader = ShardReader(file, manifest, what)
+        while reader.read(_durable.CHUNK):
+            pass
+        return
+    found, size = hashlib.sha256(), 0
+    for chunk in iter(lambda: file.read(_durable.CHUNK), b""):
+        found.update(chunk)
+        size += len(chunk)
+    if (size, found.hexdigest()) != (manifest["stored_size"], manifest["stored_sha256"]):
+        raise ManifestError(
+            f"Shard {what} has SHA-256 {found.hexdigest()} ({size} bytes), the manifest says "
+            f"{manifest['stored_sha256']} ({manifest['stored_size']} bytes)",
+            reason="shard_altered",
+            kept="the file as it is",
+            index=manifest["first"],
+            sequence=manifest["sequence"],
+            boot_id=manifest["boot_id"],
             hint="compare with the other copy (host's spool, central storage) before anything is removed",
         )
 

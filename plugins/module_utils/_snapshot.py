@@ -21,6 +21,7 @@ import time
 import typing as t
 
 from ansible_collections.integrity.ima.plugins.module_utils import _durable, _tpm
+from ansible_collections.integrity.ima.plugins.module_utils._encryption import recipients_in
 from ansible_collections.integrity.ima.plugins.module_utils._errors import (
     HistoryError,
     ListError,
@@ -538,7 +539,10 @@ class Cycle:
     def _seal(self, place: Place, copy: _Copy, drafts: list[_Draft], observed: Values | None) -> list[Entry]:
         faults = self._judge(place, copy, observed)
         entries: list[Entry] = []
+        recipients = recipients_in(self.config.recipients) if self.config.recipients else []
         for draft in drafts:
+            # Here, not earlier: no other program may be started while the list is open.
+            draft.members.update(draft.shard.encrypt(recipients) if recipients else {})
             manifest = self._manifest(draft, place, [] if entries else faults)
             if draft is drafts[-1] and copy.at_end and observed:
                 manifest["observed"] = {"pcrs": observed, "index": copy.reached}

@@ -15,6 +15,7 @@ begins one, a kexec that carries the list over does not.
 from __future__ import annotations
 
 import base64
+import collections
 import os
 import re
 import typing as t
@@ -38,11 +39,13 @@ from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     Manifest,
     ShardFile,
     ShardReader,
+    check_stored,
     digest,
     entry_of,
     layout_of,
     parse_manifest,
     parse_name,
+    plain_of,
 )
 
 FORMAT = b'{"format":"integrity.ima spool","version":1}'
@@ -171,10 +174,11 @@ class Spool:
     def _holds(path: str, manifest: Manifest) -> bool:
         try:
             with open(path, "rb") as file:
-                reader = ShardReader(file, manifest, path)
-                while reader.read(_durable.CHUNK):
-                    pass
-        except ManifestError:
+                check_stored(file, manifest, path)
+            if "encryption" in manifest:
+                with open(plain_of(path), "rb") as file:
+                    collections.deque(_pieces(ShardReader(file, manifest, path)), maxlen=0)
+        except (ManifestError, FileNotFoundError):
             return False
         return True
 
@@ -294,10 +298,11 @@ class Spool:
 
     def reader(self, entry: Entry) -> tuple[t.BinaryIO, ShardReader]:
         """Return the open file of a shard (to be closed by the caller) and its checking reader."""
-        path = self.path(entry)
+        path, manifest = self.path(entry), self.manifest(entry)
+        path = plain_of(path) if "encryption" in manifest else path
         with _durable.failing(path, "open"):
             file = open(path, "rb")
-        return file, ShardReader(file, self.manifest(entry), path)
+        return file, ShardReader(file, manifest, path)
 
     def raw_from(self, index: int, end: int | None = None) -> t.Iterator[bytes]:
         """Yield the bytes of the newest epoch's records from ``index`` on, up to ``end``, in pieces."""
@@ -392,6 +397,8 @@ class Spool:
         if self.pruned < entry.sequence:
             _durable.replace(os.path.join(self.directory, _PRUNED), canonical(word))
         files = [os.path.join(self.shards, each.shard) for each in self.entries if each.sequence <= entry.sequence]
+        for path in files:
+            _durable.remove(plain_of(path))
         return sum(_durable.remove(path) for path in files)
 
     def allowed(self, entry: Entry, trim_after: str) -> bool:

@@ -15,7 +15,7 @@ import typing as t
 from ansible_collections.integrity.ima.plugins.module_utils import _durable
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError, WriteError
 from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import Record, read, to_ascii
-from ansible_collections.integrity.ima.plugins.module_utils._shard import Manifest, ShardReader, layout_of
+from ansible_collections.integrity.ima.plugins.module_utils._shard import Manifest, layout_of
 from ansible_collections.integrity.ima.plugins.module_utils._store._base import Store
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import claims_of, verify
 
@@ -86,8 +86,7 @@ def stitch(
 
 def _records(store: Store, host: str, epoch: list[Manifest]) -> t.Iterator[tuple[Record, str]]:
     for manifest in epoch:
-        with store.open_shard_of(host, manifest) as file:
-            reader = ShardReader(file, manifest, f"{manifest['sequence']} of {host}")
+        with store.reading(host, manifest) as reader:
             for record in read(reader.read, layout_of(manifest), first_index=manifest["first"]):
                 yield record, manifest["byte_order"]
 

@@ -74,6 +74,10 @@ _FATAL = frozenset(
 )
 
 
+# What says nothing of the host: the verifier cannot read what it is to judge.
+_UNREAD = frozenset(("no_key", "no_openssl", "store_unavailable", "store_denied", "store_untrusted", "library_missing"))
+
+
 class Broken(ImaError):
     """A named fault in a history. Details: ``boot_id``, ``index``, ``sequence`` as far as they are known."""
 
@@ -169,6 +173,8 @@ def verify(
         if not newest_boot:
             _missing(claims, verdict)
     except (Broken, ManifestError, StoreError, ListError, QuoteError) as fault:
+        if fault.reason in _UNREAD:
+            raise
         verdict.broken(fault)
     except OSError as error:
         verdict.broken(Broken(f"a file of this host cannot be read: {error.strerror}", reason="unreadable"))
@@ -347,16 +353,15 @@ class _History:
 
     def _shard(self, entry: Entry, epochs: _Epochs) -> None:
         manifest = self.manifests[entry.sequence]
-        with self._store.open_shard(self._host, entry) as file:
-            reader = ShardReader(file, manifest, entry.stem)
-            try:
-                epochs.replay(
-                    manifest, read(reader.read, layout_of(manifest), first_index=entry.first), self._anchors(entry)
-                )
-            except ManifestError as error:
-                raise self._altered(entry, error) from error
-            except ListError as error:
-                raise self._unless_altered(entry, reader, error) from error
+        try:
+            with self._store.reading(self._host, manifest) as reader:
+                try:
+                    records = read(reader.read, layout_of(manifest), first_index=entry.first)
+                    epochs.replay(manifest, records, self._anchors(entry))
+                except ListError as error:
+                    raise self._unless_altered(entry, reader, error) from error
+        except ManifestError as error:
+            raise self._altered(entry, error) from error
 
     def _quoted(self) -> list[_Point]:
         """Return what the quotes say, each checked wholly. Raises :class:`QuoteError`, :class:`Broken`."""

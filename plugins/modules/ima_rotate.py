@@ -24,6 +24,7 @@ extends_documentation_fragment:
   - integrity.ima._attributes.actiongroup_ima
   - integrity.ima._config
   - integrity.ima._store
+  - integrity.ima._store.key
 attributes:
   check_mode:
     support: full
@@ -149,6 +150,7 @@ def main() -> None:
             CONFIG_SPEC,
             store={"type": "str", "required": True},
             name={"type": "str"},
+            key={"type": "path", "no_log": False},
             anchor={"type": "bool", "default": False},
             chunk_bytes={"type": "int", "default": 4194304},
             delivery={"type": "str", "choices": ["controller", "direct"], "default": "controller"},

@@ -21,6 +21,7 @@ extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.actiongroup_ima
   - integrity.ima._store
+  - integrity.ima._store.key
 attributes:
   check_mode:
     support: full
@@ -119,6 +120,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "store": {"type": "str", "required": True},
+            "key": {"type": "path", "no_log": False},
             "host": {"type": "str", "required": True},
             "boot_id": {"type": "str", "default": ""},
             "binary": {"type": "path"},
@@ -128,7 +130,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     store, host, boot_id, binary, text = (module.params[key] for key in ("store", "host", "boot_id", "binary", "ascii"))
-    run(module, lambda: stitch(open_store(store), host, boot_id, binary, text, module.check_mode))
+    run(module, lambda: stitch(open_store(store, module.params["key"]), host, boot_id, binary, text, module.check_mode))
 
 
 if __name__ == "__main__":

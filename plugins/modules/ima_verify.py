@@ -24,6 +24,7 @@ extends_documentation_fragment:
   - integrity.ima._attributes.info_module
   - integrity.ima._attributes.actiongroup_ima
   - integrity.ima._store
+  - integrity.ima._store.key
 options:
   hosts:
     description:
@@ -146,6 +147,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "store": {"type": "str", "required": True},
+            "key": {"type": "path", "no_log": False},
             "hosts": {"type": "list", "elements": "str"},
             "max_age": {"type": "int", "default": 0},
             "fail_on": {
@@ -158,7 +160,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     store, hosts, max_age, fail_on = (module.params[key] for key in ("store", "hosts", "max_age", "fail_on"))
-    run(module, lambda: verify_fleet(open_store(store), hosts, max_age, fail_on))
+    run(module, lambda: verify_fleet(open_store(store, module.params["key"]), hosts, max_age, fail_on))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import typing as t
 import urllib.parse
 
 from ansible_collections.integrity.ima.plugins.module_utils import _durable
+from ansible_collections.integrity.ima.plugins.module_utils._encryption import decrypted
 from ansible_collections.integrity.ima.plugins.module_utils._errors import (
     ManifestError,
     StoreError,
@@ -44,6 +45,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     Entry,
     Manifest,
     ShardReader,
+    check_stored,
     digest,
     entry_of,
     parse_manifest,
@@ -107,6 +109,7 @@ class Store:
     def __init__(self, objects: Objects, parts: str) -> None:
         self._objects, self._parts = objects, parts
         self.name = objects.name
+        self.key: str | None = None  # the file of a private key that opens encrypted shards
 
     @staticmethod
     def _prefix(host: str) -> str:
@@ -231,9 +234,7 @@ class Store:
         part = self._part(host, digest(data))
 
         def check(file: t.BinaryIO) -> None:
-            reader = ShardReader(file, manifest, f"{entry.stem} of {host}")
-            while reader.read(_durable.CHUNK):
-                pass
+            check_stored(file, manifest, f"{entry.stem} of {host}")
 
         shard = self._prefix(host) + entry.shard
         try:
@@ -351,9 +352,29 @@ class Store:
             )
         return manifest
 
-    def open_shard_of(self, host: str, manifest: Manifest) -> t.BinaryIO:
-        """Return the file of the shard that a manifest describes."""
-        return self.open_shard(host, entry_of(manifest))
+    @contextlib.contextmanager
+    def reading(self, host: str, manifest: Manifest) -> t.Iterator[ShardReader]:
+        """Yield the records' bytes of a shard, checked, and decrypted with ``key`` where it is encrypted."""
+        entry = entry_of(manifest)
+        what = f"{entry.stem} of {host}"
+        with self.open_shard(host, entry) as file:
+            if "encryption" not in manifest:
+                yield ShardReader(file, manifest, what)
+                return
+            check_stored(file, manifest, what)
+        with self.open_shard(host, entry) as file, decrypted(file, self.key, what) as readable:
+            try:
+                yield ShardReader(readable, manifest, what)
+            except ManifestError as error:
+                # The stored bytes are the sealed ones, as was just seen.
+                raise StoreError(
+                    f"Shard {what} does not open to what its manifest says: this is not the key of a recipient, or the "
+                    "host encrypted something else",
+                    reason="not_decrypted",
+                    index=entry.first,
+                    sequence=entry.sequence,
+                    boot_id=entry.boot_id,
+                ) from error
 
     def head(self, host: str) -> Head | None:
         """Return the newest shard of a host up to which all are here: what an acknowledgement may speak of.

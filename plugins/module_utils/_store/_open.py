@@ -17,7 +17,17 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._base import 
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
 
 
-def open_store(store: str) -> Store:
+def open_store(store: str, key: str | None = None) -> Store:
+    """Return the store; ``key`` is the file of a private key for encrypted shards.
+
+    See :func:`_opened`.
+    """
+    opened = _opened(store)
+    opened.key = key
+    return opened
+
+
+def _opened(store: str) -> Store:
     """Return the store that ``store`` names: an absolute path, ``sftp://user@host/path`` or ``s3://bucket/prefix``.
 
     Raises :class:`StoreError` with reason ``store_address``, or what the kind of store raises when it is opened.
