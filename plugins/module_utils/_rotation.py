@@ -348,6 +348,7 @@ def record_identity(store: Store, host: str, answer: t.Any, check_mode: bool) ->
             kept="the key on record",
             hint="if the machine or its TPM was replaced, give the host a new name or a new store",
         )
-    if before is None and not check_mode:
+    if not check_mode:
+        # Also when it is there: an enrolment that died may have left the name without its fsync.
         store.put_identity(host, canonical(identity))
     return dict(said, changed=made or before is None)

@@ -116,6 +116,9 @@ class Spool:
         """
         if not self.check():
             _durable.create(os.path.join(self.directory, "format.json"), FORMAT)
+        elif not os.path.isdir(self.shards):
+            # The run that made it may have died between the name and its fsync.
+            _durable.sync_directory(self.directory)
         for directory in (self.shards, self.anchors):
             _durable.make_directory(directory)
         done = [f"removed {n} temporary files" for n in [_durable.sweep(self.directory) + self._sweep()] if n]

@@ -96,7 +96,8 @@ class DirectoryObjects(Objects):
     def create(self, name: str, data: bytes) -> bool:
         """See :class:`Objects`."""
         path = self._path(name)
-        _durable.make_directory(os.path.dirname(path))
+        if "/" in name:  # the store itself exists, and what is above it may be closed to us
+            _durable.make_directory(os.path.dirname(path))
         return _durable.create(path, data, 0o644 if name == FORMAT_NAME else 0o600)
 
     def create_from(self, name: str, part: str, check: Check, size: int, sha256: str) -> bool:

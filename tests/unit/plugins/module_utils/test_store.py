@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+import tempfile
 import typing as t
 from pathlib import Path
 
@@ -485,6 +487,32 @@ def test_a_delivery_never_writes_through_a_symbolic_link(
     with pytest.raises(ImaError):
         host.rotate(store)
     assert victim.read_bytes() == b"precious"
+
+
+def test_the_store_may_lie_in_a_directory_that_cannot_be_read(tmp_path: Path) -> None:
+    """Its user can enter what is above it, and no more."""
+    directory = tempfile.mkdtemp()
+    try:
+        store = os.path.join(directory, "store")
+        os.mkdir(store)
+        os.chmod(directory, 0o311)
+        if os.geteuid() == 0:
+            os.chown(store, 65534, 65534)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                if os.geteuid() == 0:
+                    os.setegid(65534)
+                    os.seteuid(65534)
+                with DirectoryStore(store).delivering("h"):
+                    code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0 and sorted(os.listdir(store)) == ["format.json", "hosts"]
+    finally:
+        os.chmod(directory, 0o700)
+        shutil.rmtree(directory)
 
 
 # -- what may be added -------------------------------------------------------------------------------------------
