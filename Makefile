@@ -3,8 +3,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # make demo          a fleet of emulated hosts, the whole cycle, and what can go wrong; no root, nothing outside build/
-# make test          lint, sanity, units, integration: everything, stops at the first failure
+# make test          lint, sanity, units, crash, stores, integration: everything, stops at the first failure
 # make lint | sanity | units | integration      one of them
+# make test-crash    killed, failed, cut off and raced everywhere; LONG=1 takes every call and 200,000 steps (half an hour)
+# make test-stores   the stores with a real S3 server and a real sshd
 # make units-oldest  the unit tests of modules and module_utils on the oldest target Python that this machine has
 #                    SANITY="--test validate-modules" and UNITS="tests/unit/plugins/module_utils/test_x.py" narrow them
 # make clean         removes .venv and build
@@ -42,7 +44,7 @@ unexport ANSIBLE_CONFIG PYTHONPATH ANSIBLE_COLLECTIONS_PATH ANSIBLE_ROLES_PATH
 
 title = @printf '\n========== %s ==========\n' "$(1)"
 
-.PHONY: help demo test lint sanity units integration units-oldest stage collection clean
+.PHONY: help demo test lint sanity units integration units-oldest stage collection clean test-crash test-stores
 
 help:
 	@sed -n 's/^# \(make .*\|  .*\)/\1/p' Makefile
@@ -73,10 +75,10 @@ demo: collection
 
 test:
 	@start=$$SECONDS; \
-	for step in lint sanity units integration; do \
+	for step in lint sanity units test-crash test-stores integration; do \
 		$(MAKE) --no-print-directory $$step || { printf '\nFAILED in %s\n' $$step; exit 1; }; \
 	done; \
-	printf '\nPASSED: lint, sanity, units, integration in %d s\n' $$((SECONDS - start))
+	printf '\nPASSED: lint, sanity, units, test-crash, test-stores, integration in %d s\n' $$((SECONDS - start))
 
 lint: $(TEST_STAMP) stage
 	$(call title,lint: ruff mypy yamllint ansible-lint role specs schemas)
@@ -108,6 +110,18 @@ integration: $(TEST_STAMP) collection
 	else \
 		echo 'SKIPPED: there is no tests/integration/run.sh'; \
 	fi
+
+# The arguments of pytest: CRASH="-k points", STORES="-k sftp"
+CRASH ?=
+STORES ?=
+
+test-crash: $(TEST_STAMP) stage
+	$(call title,test-crash: tests/crash)
+	@PYTHONPATH=$(abspath $(BUILD)) tests/crash/run.sh $(BIN) $(CRASH)
+
+test-stores: $(TEST_STAMP) collection
+	$(call title,test-stores: tests/stores)
+	@PYTHONPATH=$(abspath $(BUILD)) ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) tests/stores/run.sh $(BIN) $(STORES)
 
 clean:
 	rm -rf $(VENV) $(BUILD) .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/output

@@ -316,7 +316,8 @@ def sweep(directory: str) -> int:
     count = 0
     with failing(directory, "clean"):
         for name in os.listdir(directory):
-            if name.startswith(".") and name.endswith(TEMPORARY):
-                os.unlink(os.path.join(directory, name))
+            path = os.path.join(directory, name)
+            if name.startswith(".") and name.endswith(TEMPORARY) and not os.path.isdir(path):
+                os.unlink(path)
                 count += 1
     return count

@@ -44,7 +44,7 @@ def claim(manifest: Manifest, aggregate_digest: str, records: int) -> dict[str, 
 
 def missing(reason: str, message: str, **where: t.Any) -> dict[str, t.Any]:
     """Return why a host is missing; ``boot_id`` and ``index`` name the place, where there is one."""
-    said: dict[str, t.Any] = {"status": "missing", "reason": reason, "message": printable(message)[:2000]}
+    said: dict[str, t.Any] = {"status": "missing", "reason": reason, "message": printable(message[:2000])[:2000]}
     return dict(said, **{key: value for key, value in where.items() if value is not None})
 
 

@@ -536,7 +536,8 @@ class _Text:
     """The lines of one record of an ASCII list, as far as they were read."""
 
     def __init__(self, line: bytes, index: int, offset: int) -> None:
-        self.line = line
+        self._line = line
+        self._tail: list[bytes] = []  # lines that were joined and not looked at yet
         self.index = index
         self.offset = offset
         self.joined = self.joined_bytes = 0
@@ -555,11 +556,23 @@ class _Text:
         self.names = names
         self.stuck = ("malformed_list", f"more than {len(names)} fields")
 
+    @property
+    def line(self) -> bytes:
+        """The text so far."""
+        if self._tail:
+            self._line += b"".join(self._tail)
+            self._tail = []
+        return self._line
+
     def error(self, reason: str, what: str, **details: t.Any) -> ListError:
         return _error(reason, what, self.index, self.offset, **details)
 
     def record(self, orders: t.Sequence[str], following: bytes | None) -> Record | None:
         """The record if the text is all of it, None if the next line must be joined."""
+        if self.joined and following is not None and not _ASCII_START.match(following):
+            # It cannot end here: what follows begins no record. To look again at each line is work without a bound.
+            self._go_on(following, *self.stuck)
+            return None
         if not self.line.endswith(b"\n"):
             if len(self.line) > _MAX_LINE:
                 raise self.error("malformed_list", f"a line of more than {_MAX_LINE} bytes")
@@ -606,7 +619,7 @@ class _Text:
         self.stuck = (reason, what)
 
     def join(self, following: bytes | None) -> None:
-        self.line += following or b""
+        self._tail.append(following or b"")
         self.joined += 1
         self.joined_bytes += len(following or b"")
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import errno
 import fcntl
 import os
@@ -86,8 +87,8 @@ VOLATILE = frozenset(("tmpfs", "ramfs"))
 
 
 def _path(value: str) -> str:
-    if not os.path.isabs(value) or os.path.normpath(value) != value.rstrip("/"):
-        raise ValueError("must be an absolute path without . or ..")
+    if not os.path.isabs(value) or os.path.normpath(value) != value.rstrip("/") or not value.isprintable():
+        raise ValueError("must be an absolute path without . or .., of printable characters")
     return value.rstrip("/")
 
 
@@ -155,8 +156,11 @@ def load(path: str = CONFIG) -> Config:
     ``config_unknown`` or ``config_value``; the last two name file, section and key.
     """
     parser = configparser.RawConfigParser(strict=True, delimiters=("=",), comment_prefixes=("#", ";"))
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
-        parser.read_string(_read_safely(path), source=path)
+        text = _read_safely(path)
+        _require_plain(path, text)
+        parser.read_string(text, source=path)
     except (configparser.Error, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} cannot be understood: {printable(str(error))}", reason="config_syntax", path=path
@@ -171,6 +175,19 @@ def load(path: str = CONFIG) -> Config:
     values["name"] = values["name"] or socket.gethostname()
     values["lock"] = values["lock"] or os.path.join(values["spool"], "lock")
     return Config(path=path, **values)
+
+
+def _require_plain(path: str, text: str) -> None:
+    """Refuse what the shell reader of ``docs/PROTOCOL.md`` reads otherwise than we do: it would take another lock."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip() and line != line.strip() and not line.rstrip(" ").endswith("="):
+            raise ConfigError(
+                f"{path}: line {number} begins or ends with a blank",
+                reason="config_syntax",
+                path=path,
+                line=number,
+                hint="each key stands in a line of its own, from its first column to the end of its value",
+            )
 
 
 def _fault(path: str, section: str, key: str, what: str, reason: str) -> ConfigError:
@@ -351,7 +368,8 @@ class Lock:
 
     def __exit__(self, *_unused: t.Any) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):  # nothing was written through it; an error under way goes before
+                os.close(self._descriptor)
             self._descriptor = -1
 
 

@@ -87,7 +87,7 @@ def _failure(raw: dict[str, t.Any]) -> HostFailed:
         message = "the module gave no message"
     if "deserialization failed" in message:
         message = "the module ended without an answer: it was killed (out of memory?), or Python is broken on the host"
-    message = printable(message)
+    message = printable(message[:2000])
     known = check(reason, {"type": "string", "pattern": "^[a-z0-9_]{1,40}$"}) == ""
     where = {
         key: raw[key]
@@ -160,6 +160,10 @@ class Rotation:
         if quote["nonce"] != self._nonce:
             raise QuoteError(f"The quote of {self._host} was not made for this rotation", reason="quote_nonce")
         check_document(quote, self._store.identity(self._host) or {})
+        place = (quote["sequence"], quote["boot_id"])
+        here = [entry for entry in self._store.entries(self._host) if (entry.sequence, entry.boot_id) == place]
+        if not here or digest(self._store.manifest_bytes(self._host, here[0])) != quote["manifest"]:
+            raise QuoteError(f"The quote of {self._host} follows no shard that is here", reason="quote_nonce")
         self._store.put_quote(self._host, quote)
         self._quote, self.quoted = "", True
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import abc
 import errno
+import hashlib
 import os
 import random
 import re
@@ -269,7 +270,10 @@ class KernelFiles(Files):
     def pcr(self, bank: str, index: int) -> bytes | None:
         path = f"{TPM_DIRECTORY}/pcr-{bank}/{index}"
         try:
-            return bytes.fromhex(_read_small(path, 256).decode("ascii").strip())
+            value = bytes.fromhex(_read_small(path, 256).decode("ascii").strip())
+            if len(value) != hashlib.new(bank).digest_size:
+                raise ValueError(f"it has {len(value)} bytes")
+            return value
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

@@ -149,6 +149,14 @@ class _Draft:
         )
 
 
+def _where_reached(drafts: list[_Draft], reached: int | None) -> _Draft | None:
+    """Return the shard in which the replay reached the observed values: what came later is in the shards behind it."""
+    for draft in drafts:
+        if reached is not None and reached <= draft.first + draft.shard.count:
+            return draft
+    return drafts[-1] if drafts else None
+
+
 class _Copy(t.NamedTuple):
     """How far the list was copied: whether to its end, and where the observed PCRs were reached."""
 
@@ -181,7 +189,7 @@ class Cycle:
         head = self.spool.head
         if head is None:
             return self._new_epoch(view, observed, None)
-        if head.boot_id != self.boot_id and not self._carried_over(view, head):
+        if head.boot_id != self.boot_id and not self._carried_over(view, observed, head):
             return self._new_epoch(view, observed, head)
         return self._same_epoch(view, observed, head)
 
@@ -249,9 +257,13 @@ class Cycle:
         return inside[0]
 
     def _beyond(self, view: _Buffered, place: Place, base: int, observed: Values) -> int | None:
-        """Return how many records follow the point at which the list, begun at ``base``, reaches the TPM's values."""
+        """Return how many records follow the point at which the list, begun at ``base``, reaches the TPM's values.
+
+        Those of the observed PCRs count. None: it never does.
+        """
         self._runs(view, base, place.cut)
-        records = read(view.read, SHA1, first_index=place.cut)
+        # The others prove nothing: nobody asked the TPM for them.
+        records = (each for each in read(view.read, SHA1, first_index=place.cut) if str(each.pcr) in observed)
         match = search(records, [], place.start, observed, padded=place.padded)
         return None if match.reached_at is None else match.records - match.reached_at
 
@@ -274,10 +286,15 @@ class Cycle:
         """Say whether the rest of the list, replayed from the cut, reaches the TPM's values."""
         return self._beyond(view, place, place.base, observed) is not None
 
-    def _carried_over(self, view: _Buffered, head: Entry) -> bool:
-        """Say whether this boot's list begins with the last one's records: a kexec that carried the list over."""
+    def _carried_over(self, view: _Buffered, observed: Values | None, head: Entry) -> bool:
+        """Say whether this boot's list begins with the last one's records: a kexec that carried the list over.
+
+        Two kernels that measured the same may look like one that was carried over: with a TPM, its values decide.
+        """
         if self._was_reset(head):
             return False
+        manifest = self.spool.manifest(head)
+        place = Place(head.end, head.end, manifest["pcrs_end"], manifest["padded"], True, [])
         for base in dict.fromkeys([*self._hints(head.end), *self._search_bases(view, head.end), head.end]):
             if self._runs(view, base, head.end):
                 # A reboot may measure the same files in the same order; only a kexec puts another boot_aggregate
@@ -287,7 +304,7 @@ class Cycle:
                 if (base < head.end or starts == [False]) and any(
                     starts + [starts_boot(each, SHA1.byte_order) for each in records]
                 ):
-                    return True
+                    return observed is None or self._beyond(view, place, base, observed) is not None
         return False
 
     def _new_epoch(self, view: _Buffered, observed: Values | None, head: Entry | None) -> Place:
@@ -376,7 +393,8 @@ class Cycle:
             self.spool.manifest(head)["pcrs_end"].get("10", BANKS) if head and head.boot_id == self.boot_id else BANKS
         )
         banks = [bank for bank in files.tpm_banks() if bank in known]
-        seen = set(self.spool.manifest(head)["pcrs_end"]) if head and head.boot_id == self.boot_id else set()
+        # Those of the boot before, too: after a kexec they tell of what was lost. After a reset they are zero.
+        seen = set(self.spool.manifest(head)["pcrs_end"]) if head else set()
         pcrs = sorted(seen | {"10"}, key=int)
 
         def values() -> Values:
@@ -540,11 +558,12 @@ class Cycle:
         faults = self._judge(place, copy, observed)
         entries: list[Entry] = []
         recipients = recipients_in(self.config.recipients) if self.config.recipients else []
+        watched = _where_reached(drafts, copy.reached) if copy.at_end else None
         for draft in drafts:
             # Here, not earlier: no other program may be started while the list is open.
             draft.members.update(draft.shard.encrypt(recipients) if recipients else {})
             manifest = self._manifest(draft, place, [] if entries else faults)
-            if draft is drafts[-1] and copy.at_end and observed:
+            if draft is watched and observed:
                 manifest["observed"] = {"pcrs": observed, "index": copy.reached}
             entries.append(self.spool.seal(draft.shard, manifest))
         if entries:
@@ -723,8 +742,13 @@ class Cycle:
         return None
 
     def allowed_to(self, base: int) -> int:
-        """Return the index up to which the policy lets records leave the kernel."""
+        """Return the index up to which the policy lets records leave the kernel.
+
+        Until this boot has a shard of its own, none: the shards before it may hold the same records in the same order.
+        """
         limit, policy = base, self.config.trim_after
+        if self.spool.head is None or self.spool.head.boot_id != self.boot_id:
+            return base
         for entry in self.spool.epoch:
             if entry.end > base:
                 held = policy == "local" or self.store_has is None or entry.sequence <= self.store_has
@@ -833,7 +857,7 @@ class Cycle:
 
     def _not_allowed(self, target: int, limit: int) -> TrimError:
         where, kept = f"Records {limit} to {target - 1} are", "all of them, in the kernel"
-        if target > self._head().end:
+        if target > self._head().end or self._head().boot_id != self.boot_id:
             hint = "export first (integrity.ima.ima_export)"
             return TrimError(f"{where} not sealed in a shard", reason="not_sealed", index=limit, kept=kept, hint=hint)
         return TrimError(

@@ -343,7 +343,7 @@ class Spool:
 
         If we died before the manifest, :meth:`recover` finishes with the one that the journal holds.
         """
-        entry = entry_of(manifest)
+        entry = entry_of(parse_manifest(canonical(manifest), "the new manifest"))
         self.write_journal(seal=manifest)
         shard.publish(os.path.join(self.shards, entry.shard))
         self._seal_manifest(manifest)
@@ -351,9 +351,7 @@ class Spool:
         return entry
 
     def _seal_manifest(self, manifest: Manifest) -> None:
-        data = canonical(manifest)
-        entry = entry_of(parse_manifest(data, "the new manifest"))
-        _durable.create(os.path.join(self.shards, entry.manifest), data)
+        _durable.create(os.path.join(self.shards, entry_of(manifest).manifest), canonical(manifest))
         self._entries = None
 
     # -- the store's word -------------------------------------------------------------------------------------------

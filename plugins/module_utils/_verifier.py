@@ -59,6 +59,7 @@ _FATAL = frozenset(
         "foreign_trim",
         "kexec",
         "pcr_mismatch",
+        "empty_list",
         "ambiguous_base",
         "equivocation",
         "machine_changed",
@@ -646,15 +647,18 @@ def _compare(history: _History, claims: t.Sequence[Claim], verdict: Verdict) -> 
 
 
 def _missing(claims: t.Sequence[Claim], verdict: Verdict) -> None:
-    """Raise what the last rotation could not do with this host, if that means a hole in its history."""
-    last = claims[-1] if claims else None
-    if last is None or last.said["status"] != "missing":
-        return
-    said = last.said
-    if said["reason"] in _FATAL:
-        where = {"index": said.get("index"), "boot_id": said.get("boot_id", verdict.boot_id)}
-        raise Broken(said["message"], reason=said["reason"], **where)
-    verdict.warn(f"missing at rotation {last.run}: {said['reason']}: {said['message']}")
+    """Raise what a rotation said of a hole in this host's history, unless it was present again since.
+
+    What it said when it came back is in its manifests. A rotation that did not get through takes nothing back.
+    """
+    present = max((number for number, claim in enumerate(claims) if claim.said["status"] == "present"), default=-1)
+    for _run, _time, said in claims[present + 1 :]:
+        if said["reason"] in _FATAL:
+            where = {"index": said.get("index"), "boot_id": said.get("boot_id", verdict.boot_id)}
+            raise Broken(said["message"], reason=said["reason"], **where)
+    if claims and claims[-1].said["status"] == "missing":
+        said = claims[-1].said
+        verdict.warn(f"missing at rotation {claims[-1].run}: {said['reason']}: {said['message']}")
 
 
 def worst(verdicts: t.Iterable[str]) -> str:
