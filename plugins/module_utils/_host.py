@@ -247,22 +247,24 @@ def _target(cycle: Cycle, base: int, to: str, records: int, anchor: int) -> int 
 # -- ima_prune ----------------------------------------------------------------------------------------------
 
 
-def prune(config: Config, confirmed: Result | None, check: bool) -> Result:
-    """Name the shards that retention lets go; with the store's word of now on the last of them, remove their files."""
+def prune(config: Config, confirmed: Result | None, check: bool, after: int = 0) -> Result:
+    """Name the shards that retention lets go; with the store's word of now on the last of them, remove their files.
+
+    ``after``: leave out those up to this sequence, which were named before.
+    """
     with Lock(config, shared=check, create=not check):
         cycle = cycle_of(config)
         if not check:
             cycle.spool.recover()
         if cycle.spool.head is None:
             return {"changed": False, "pruned": 0, "candidates": [], "kept": 0}
-        cycle.survey(write=not check)
-        going = cycle.prunable(time.time())
-        done = 0
+        done = 0 if after else cycle.spool.finish_pruning(check)
+        going = [entry for entry in cycle.prunable(time.time()) if entry.sequence > after]
         if confirmed:
             sure = [entry for entry in going if entry.sequence <= confirmed["sequence"]]
             if not sure or cycle.spool.digest(sure[-1]) != confirmed["manifest"]:
                 raise SpoolError("What the store confirmed is not what retention lets go", reason="store_diverged")
-            done = cycle.spool.prune(sure[-1], confirmed["store"], utc_now())
+            done += cycle.spool.prune(sure[-1], confirmed["store"], utc_now())
             going = going[len(sure) :]
         return {
             "changed": done > 0,

@@ -66,6 +66,10 @@ def seconds_of(text: str) -> float:
     return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))
 
 
+_RECORD_STORED = 64  # bytes that a record takes in a shard: half a digest more than what does not compress
+_ROOM = 1 << 20  # bytes for manifests, journal and what the file system itself needs
+
+
 class Place(t.NamedTuple):
     """Where the kernel's list stands in the spool's history.
 
@@ -304,7 +308,8 @@ class Cycle:
                 if (base < head.end or starts == [False]) and any(
                     starts + [starts_boot(each, SHA1.byte_order) for each in records]
                 ):
-                    return observed is None or self._beyond(view, place, base, observed) is not None
+                    if observed is None or self._beyond(view, place, base, observed) is not None:
+                        return True
         return False
 
     def _new_epoch(self, view: _Buffered, observed: Values | None, head: Entry | None) -> Place:
@@ -420,6 +425,7 @@ class Cycle:
         """
         notes = self.spool.recover()
         self._require_name()
+        self.spool.require_room(_RECORD_STORED * self.lists.count() + _ROOM)
         if self.flavour == STAGED and self.config.trim_after != "never" and not self.blocked():
             notes += self._stage()
         observed = self.observe()
@@ -783,14 +789,14 @@ class Cycle:
         return place
 
     def prunable(self, now: float) -> list[Entry]:
-        """Return the shards whose files retention lets go, oldest first; to be called after :meth:`survey`.
+        """Return the shards whose files retention lets go, oldest first.
 
         Never the newest; none without the store's recorded word (and the verdict, where the policy wants one); none
         whose records the kernel may still hold. ``now``: seconds since 1970.
         """
         held = [entry for entry in self.spool.entries if entry.sequence > self.spool.pruned]
         sizes = {entry: self.spool.manifest(entry)["stored_size"] for entry in held}
-        epoch, base, going = set(self.spool.epoch), self.spool.journal()["base"], []
+        epoch, base, going = set(self.spool.epoch), self._surely_gone(), []
         policy = "verified" if self.config.trim_after == "verified" else "central"
         for number, entry in enumerate(held[:-1]):
             kept = held[number:]
@@ -800,6 +806,17 @@ class Cycle:
                 break
             going.append(entry)
         return going
+
+    def _surely_gone(self) -> int:
+        """Return the index before which the kernel holds nothing, whatever the journal says."""
+        observed = self.observe()
+        with self.lists.view() as file:
+            view = _Buffered(file)
+            place = self.locate(view, observed)
+            head = self._head()
+            if place.proven or place.cut != head.end:
+                return place.base
+            return min([place.base, *self._search_bases(view, head.end)])
 
     def _over(self, shards: int, size: int, sealed: str, now: float) -> bool:
         """Say whether any limit of the config is exceeded by what is kept from a shard sealed at that time on."""

@@ -108,6 +108,23 @@ class Spool:
             hint="update the collection on this host" if newer else "name an empty directory of its own for the spool",
         )
 
+    def require_room(self, size: int) -> None:
+        """Raise :class:`WriteError` ``no_space`` unless the file system has ``size`` bytes for us: before the list is
+        opened, so that nobody is locked out for what cannot be finished.
+        """
+        found = os.statvfs(self.directory)
+        free = found.f_bavail * found.f_frsize
+        if free < size:
+            raise WriteError(
+                f"The spool {self.directory} has room for {free} bytes, an export may need {size}",
+                reason="no_space",
+                path=self.directory,
+                kept="everything: the kernel's list was not touched",
+                hint="free space on that file system and run again",
+                needed=size,
+                free=free,
+            )
+
     def recover(self) -> list[str]:
         """Finish or set aside what a dead run left; the caller holds the lock. Return what was done, in words.
 
@@ -388,6 +405,19 @@ class Spool:
     def _acknowledgement_path(self, entry: Entry) -> str:
         return os.path.join(self.shards, entry.stem + _ACK_SUFFIX)
 
+    def finish_pruning(self, check: bool) -> int:
+        """Remove the files that a pruning which died had stated to remove; return how many (``check``: only that)."""
+        left = [
+            e for e in self.entries if e.sequence <= self.pruned and os.path.exists(os.path.join(self.shards, e.shard))
+        ]
+        return len(left) if check else self._remove(self.pruned)
+
+    def _remove(self, sequence: int) -> int:
+        files = [os.path.join(self.shards, entry.shard) for entry in self.entries if entry.sequence <= sequence]
+        for path in files:
+            _durable.remove(plain_of(path))
+        return sum(_durable.remove(path) for path in files)
+
     def prune(self, entry: Entry, store: str, now: str) -> int:
         """Remove the shard files up to ``entry``, which ``store`` holds by its own word of now; return how many.
 
@@ -397,10 +427,7 @@ class Spool:
         word = {"version": 1, "sequence": entry.sequence, "manifest": self.digest(entry), "store": store, "time": now}
         if self.pruned < entry.sequence:
             _durable.replace(os.path.join(self.directory, _PRUNED), canonical(word))
-        files = [os.path.join(self.shards, each.shard) for each in self.entries if each.sequence <= entry.sequence]
-        for path in files:
-            _durable.remove(plain_of(path))
-        return sum(_durable.remove(path) for path in files)
+        return self._remove(entry.sequence)
 
     def allowed(self, entry: Entry, trim_after: str) -> bool:
         """Say whether the policy lets the records of a sealed shard leave the kernel."""

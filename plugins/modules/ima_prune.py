@@ -92,7 +92,8 @@ def main() -> None:
     )
     if module.params["_round"] is None:
         module.fail_json(msg="This module works only together with its action plugin", reason="no_action_plugin")
-    run_on_host(module, lambda config: prune(config, module.params["_round"]["confirmed"], module.check_mode))
+    confirmed, after = (module.params["_round"][key] for key in ("confirmed", "after"))
+    run_on_host(module, lambda config: prune(config, confirmed, module.check_mode, after))
 
 
 if __name__ == "__main__":

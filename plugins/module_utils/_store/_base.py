@@ -248,8 +248,13 @@ class Store:
 
     def confirms(self, host: str, entry: Entry, manifest_digest: str) -> bool:
         """Say, from what the store itself has now, whether shard and manifest are here, whole and unaltered."""
-        data = self.manifest_bytes(host, entry)
-        manifest = parse_manifest(data, f"manifest {entry.stem} of {host}")
+        try:
+            data = self.manifest_bytes(host, entry)
+            manifest = parse_manifest(data, f"manifest {entry.stem} of {host}")
+        except (ManifestError, StoreError) as error:
+            if error.reason == "store_unavailable":
+                raise
+            return False
         name = self._prefix(host) + entry.shard
         size, sha256 = manifest["stored_size"], manifest["stored_sha256"]
         return digest(data) == manifest_digest and self._objects.confirms(name, size, sha256)
