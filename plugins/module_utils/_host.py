@@ -258,13 +258,13 @@ def prune(config: Config, confirmed: Result | None, check: bool, after: int = 0)
             cycle.spool.recover()
         if cycle.spool.head is None:
             return {"changed": False, "pruned": 0, "candidates": [], "kept": 0}
-        done = 0 if after else cycle.spool.finish_pruning(check)
+        done = 0
         going = [entry for entry in cycle.prunable(time.time()) if entry.sequence > after]
         if confirmed:
             sure = [entry for entry in going if entry.sequence <= confirmed["sequence"]]
             if not sure or cycle.spool.digest(sure[-1]) != confirmed["manifest"]:
                 raise SpoolError("What the store confirmed is not what retention lets go", reason="store_diverged")
-            done += cycle.spool.prune(sure[-1], confirmed["store"], utc_now())
+            done = cycle.spool.prune(sure[-1], confirmed["store"], utc_now())
             going = going[len(sure) :]
         return {
             "changed": done > 0,
@@ -272,7 +272,7 @@ def prune(config: Config, confirmed: Result | None, check: bool, after: int = 0)
             "candidates": [
                 {"sequence": entry.sequence, "manifest": cycle.spool.digest(entry)} for entry in going[:MOST_CANDIDATES]
             ],
-            "kept": sum(entry.sequence > cycle.spool.pruned for entry in cycle.spool.entries),
+            "kept": cycle.spool.files(),
         }
 
 

@@ -22,29 +22,18 @@ def prune(store: Store, host: str, call: Call, check_mode: bool) -> dict[str, t.
     Raises :class:`StoreError` ``not_confirmed`` when the store does not have, byte for byte, what the host believes.
     """
     answer = checked(call({"confirmed": None, "after": 0}), CANDIDATES, "candidates")
-    first = answer["pruned"]  # what a pruning that died had left; in check mode, would be removed
-    pruned, after = first, 0
+    pruned = after = 0
     while answer["candidates"]:
         candidates = answer["candidates"]
-        if [each["sequence"] for each in candidates] != list(range(candidates[0]["sequence"], _next(candidates))):
-            raise _never_ends(host)
-        if candidates[0]["sequence"] <= after:
-            raise _never_ends(host)
+        order = [after, *(each["sequence"] for each in candidates)]
+        if order != sorted(set(order)):
+            raise StoreError(f"{host} names shards to prune again, or out of order", reason="bad_answer")
         _confirm(store, host, candidates)
         after = candidates[-1]["sequence"]
         confirmed = None if check_mode else dict(candidates[-1], store=store.name)
         answer = checked(call({"confirmed": confirmed, "after": after if check_mode else 0}), CANDIDATES, "candidates")
         pruned += len(candidates) if check_mode else answer["pruned"]
-    kept = answer["kept"] - (pruned - first if check_mode else 0)
-    return {"changed": pruned > 0, "pruned": pruned, "kept": kept}
-
-
-def _next(candidates: list[dict[str, t.Any]]) -> int:
-    return int(candidates[-1]["sequence"]) + 1
-
-
-def _never_ends(host: str) -> StoreError:
-    return StoreError(f"{host} names shards to prune that do not follow each other", reason="bad_answer")
+    return {"changed": pruned > 0, "pruned": pruned, "kept": answer["kept"] - (pruned if check_mode else 0)}
 
 
 def _confirm(store: Store, host: str, candidates: list[dict[str, t.Any]]) -> None:

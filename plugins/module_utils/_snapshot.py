@@ -805,7 +805,7 @@ class Cycle:
             if not self._over(len(kept), sum(sizes[each] for each in kept), self.spool.manifest(entry)["time"], now):
                 break
             going.append(entry)
-        return going
+        return self.spool.left_over() + going
 
     def _surely_gone(self) -> int:
         """Return the index before which the kernel holds nothing, whatever the journal says."""

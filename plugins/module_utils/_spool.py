@@ -405,12 +405,16 @@ class Spool:
     def _acknowledgement_path(self, entry: Entry) -> str:
         return os.path.join(self.shards, entry.stem + _ACK_SUFFIX)
 
-    def finish_pruning(self, check: bool) -> int:
-        """Remove the files that a pruning which died had stated to remove; return how many (``check``: only that)."""
-        left = [
-            e for e in self.entries if e.sequence <= self.pruned and os.path.exists(os.path.join(self.shards, e.shard))
-        ]
-        return len(left) if check else self._remove(self.pruned)
+    def files(self) -> int:
+        """Return how many shards have their files here."""
+        return sum(os.path.exists(os.path.join(self.shards, entry.shard)) for entry in self.entries)
+
+    def left_over(self) -> list[Entry]:
+        """Return the shards whose files are here although a pruning stated that they go: it died, or somebody
+        put them back.
+        """
+        pruned = self.pruned
+        return [e for e in self.entries if e.sequence <= pruned and os.path.exists(os.path.join(self.shards, e.shard))]
 
     def _remove(self, sequence: int) -> int:
         files = [os.path.join(self.shards, entry.shard) for entry in self.entries if entry.sequence <= sequence]

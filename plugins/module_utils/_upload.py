@@ -23,6 +23,7 @@ import typing as t
 import urllib.parse
 import urllib.request
 
+from ansible_collections.integrity.ima.plugins.module_utils import _durable
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError, printable
 
 TIMEOUT = 60  # seconds without a byte
@@ -30,6 +31,7 @@ ATTEMPTS = 4
 _PAUSE = 1.0  # seconds before the second attempt; doubles
 _ANSWER = 1 << 16
 _BLOCK = 1 << 16
+_CHECKSUM = "x-amz-checksum-sha256"
 # HTTP status, or the code in S3's answer (API reference, "Error responses") -> reason
 _CODES = {
     "PreconditionFailed": "exists",
@@ -50,16 +52,19 @@ _HINTS = {
     "checksum_refused": "the file changed on its way: look for a proxy that rewrites, and at the host's disk",
     "url_expired": "compare the clocks of controller, host and store; the next rotation signs anew",
     "store_denied": "look at the store's policy for the account that signed",
+    "proxy": "correct HTTP_PROXY or HTTPS_PROXY",
     "store_full": "make room in the store and rotate again",
     "store_unavailable": "look at the store and the network between it and this host, and rotate again",
 }
+_HUNG_UP = (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 # what a test replaces
 sleep = time.sleep
 
 
-def put(url: str, headers: dict[str, str], path: str, timeout: float = TIMEOUT) -> None:
+def put(url: str, headers: dict[str, str], path: str, timeout: float = TIMEOUT) -> bool:
     """Create the object at ``url`` from the file ``path``; return when the store has said yes.
 
+    True: its answer names the digest that was sent. False: it does not, as some servers, and all that is no store.
     Raises :class:`StoreError`: ``exists``, ``checksum_refused``, ``url_expired``, ``store_denied``, ``store_missing``,
     ``store_full``, ``store_untrusted``, ``upload_refused``, ``store_unavailable`` (no attempt got an answer that
     counts: the object may be there all the same).
@@ -69,7 +74,10 @@ def put(url: str, headers: dict[str, str], path: str, timeout: float = TIMEOUT) 
         if attempt:
             sleep(_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
         try:
-            status, body = _attempt(url, headers, path, timeout)
+            status, body, found = _attempt(url, headers, path, timeout)
+        except _HUNG_UP as error:
+            said = _kind(error)
+            continue
         except ssl.SSLError as error:
             raise _error("store_untrusted", url, path, f"{error.reason or 'no TLS'}") from None
         except (OSError, http.client.HTTPException) as error:
@@ -77,12 +85,14 @@ def put(url: str, headers: dict[str, str], path: str, timeout: float = TIMEOUT) 
             said = _kind(error)
             continue
         if status in (200, 201, 204):
-            return
+            if found and found != headers.get(_CHECKSUM):
+                raise _error("checksum_refused", url, path, "it answered with another checksum than the one sent")
+            return bool(found)
         said = _refusal(status, body, url, path)
     raise _error("store_unavailable", url, path, f"{said}, {ATTEMPTS} times")
 
 
-def _connect(parts: urllib.parse.SplitResult, timeout: float) -> tuple[http.client.HTTPConnection, str]:
+def _connect(parts: urllib.parse.SplitResult, path: str, timeout: float) -> tuple[http.client.HTTPConnection, str]:
     """Return a connection to the store or to the proxy before it, and what to ask it for."""
     target = f"{parts.path}?{parts.query}"
     proxy = urllib.request.getproxies().get(parts.scheme)
@@ -90,24 +100,32 @@ def _connect(parts: urllib.parse.SplitResult, timeout: float) -> tuple[http.clie
     if not proxy or urllib.request.proxy_bypass(host):
         proxy = ""
     first = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}") if proxy else parts
+    try:
+        port = first.port
+    except ValueError:
+        raise _error(
+            "proxy", parts.geturl(), path, "the proxy in the environment has a port that is no number"
+        ) from None
     if parts.scheme == "http":
-        plain = http.client.HTTPConnection(t.cast(str, first.hostname), first.port, timeout=timeout)
+        plain = http.client.HTTPConnection(t.cast(str, first.hostname), port, timeout=timeout)
         return plain, urllib.parse.urlunsplit(parts) if proxy else target
     secure = http.client.HTTPSConnection(
-        t.cast(str, first.hostname), first.port, timeout=timeout, context=ssl.create_default_context()
+        t.cast(str, first.hostname), port, timeout=timeout, context=ssl.create_default_context()
     )
     if proxy:
         secure.set_tunnel(host, parts.port)
     return secure, target
 
 
-def _attempt(url: str, headers: dict[str, str], path: str, timeout: float) -> tuple[int, bytes]:
-    """Send the whole file once, from its start; return the answer's status and the start of its body."""
+def _attempt(url: str, headers: dict[str, str], path: str, timeout: float) -> tuple[int, bytes, str]:
+    """Send the whole file once, from its start; return the answer's status, the start of its body, and the checksum."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise _error("upload_refused", url, path, "the address is neither http nor https")
-    connection, target = _connect(parts, timeout)
-    with open(path, "rb") as file, contextlib.closing(connection):
+    connection, target = _connect(parts, path, timeout)
+    with _durable.failing(path, "read"):
+        opened = open(path, "rb")
+    with opened as file, contextlib.closing(connection):
         if os.fstat(file.fileno()).st_size != int(headers["content-length"]):
             raise _error("store_diverged", url, path, "the file does not have the length that was signed")
         connection.putrequest("PUT", target, skip_host=True, skip_accept_encoding=True)
@@ -117,15 +135,21 @@ def _attempt(url: str, headers: dict[str, str], path: str, timeout: float) -> tu
         hung_up: OSError | None = None
         try:
             connection.endheaders()
-            for block in iter(lambda: file.read(_BLOCK), b""):
+            for block in iter(lambda: _block(file, path), b""):
                 connection.send(block)
-        except (BrokenPipeError, ConnectionResetError) as error:
+        except _HUNG_UP as error:
             hung_up = error  # the store may have answered before it hung up
         try:
             answer = connection.getresponse()
-            return answer.status, answer.read(_ANSWER)
+            return answer.status, answer.read(_ANSWER), answer.getheader(_CHECKSUM) or ""
         except (OSError, http.client.HTTPException) as error:
             raise hung_up or error from None
+
+
+def _block(file: t.BinaryIO, path: str) -> bytes:
+    """Read a block; an error of this host's disk is not one of the store's."""
+    with _durable.failing(path, "read"):
+        return file.read(_BLOCK)
 
 
 def _refusal(status: int, body: bytes, url: str, path: str) -> str:
@@ -133,7 +157,7 @@ def _refusal(status: int, body: bytes, url: str, path: str) -> str:
     found = re.search(rb"<Code>([A-Za-z0-9]{1,64})</Code>", body)
     code = found.group(1).decode("ascii") if found else ""
     text = f"it answered {status} {code}".rstrip()
-    if status in _AGAIN and code not in _CODES:
+    if (status in _AGAIN and code not in _CODES) or code == "RequestTimeout":
         return text
     reason = _CODES.get(code) or _STATUSES.get(status, "upload_refused")
     if reason == "store_denied" and b"expired" in body.lower():
@@ -144,7 +168,10 @@ def _refusal(status: int, body: bytes, url: str, path: str) -> str:
 def _kind(error: Exception) -> str:
     """Return what went wrong on the wire, without what was sent."""
     text = getattr(error, "strerror", None)
-    return printable(text) if isinstance(text, str) else type(error).__name__
+    if isinstance(text, str):
+        return printable(text)
+    # What a proxy answered to CONNECT is told in words only, by a bare OSError.
+    return printable(str(error))[:200] if type(error) is OSError else type(error).__name__
 
 
 def _error(reason: str, url: str, path: str, what: str) -> StoreError:

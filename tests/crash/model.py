@@ -159,7 +159,7 @@ class Boot:
 class Ledger:
     """The truth about one host, and what the product made of it."""
 
-    # The TPM's values are read of PCR 10 and of those that shards of this boot have: the loss of the first records of
+    # The TPM's values are read of PCR 10 and of those that shards of this epoch have: the loss of the first records of
     # another PCR is not seen before more of them come.
     other_pcrs_unseen = True
 
@@ -210,7 +210,7 @@ class Ledger:
         head = Spool(self.host.spool).head
         if head is None or head.boot_id not in self.epoch:
             return 0
-        return max([0, *(head.end - shift for shift in self.boot.shifts if head.end - shift <= len(self.boot))])
+        return max(0, min(head.end - shift for shift in self.boot.shifts))
 
     def foreign_trim(self, count: int) -> bool:
         """Somebody else deletes; False when there is nothing."""
@@ -236,13 +236,17 @@ class Ledger:
         """docs/concepts.md, limits: without a TPM a list that was trimmed to the cut may begin with any record."""
         spool = Spool(self.host.spool)
         if self.tpm:
-            return self._unwatched(
-                first, end, {"10"}.union(*(spool.manifest(each)["pcrs_end"] for each in spool.epoch))
-            )
+            return self._unwatched(first, end, self._watched())
         head, journal = spool.head, spool.journal()
         hints = [journal["base"], journal["trim"]["target"] if journal["trim"] else -1]
         following = self.boot.raw(end, end + 1)
         return (head is not None and head.end in hints) or b"boot_aggregate" in following
+
+    def _watched(self) -> set[str]:
+        """The PCRs of which the TPM's values are read."""
+        spool = Spool(self.host.spool)
+        here = spool.head is not None and spool.head.boot_id in self.epoch
+        return {"10"}.union(*(spool.manifest(each)["pcrs_end"] for each in spool.epoch if here))
 
     def _unwatched(self, first: int, end: int, watched: set[str]) -> bool:
         """Whether these records extended only PCRs that the product does not look at."""
@@ -268,7 +272,7 @@ class Ledger:
         self.note()
         old, first, sealed = self.boot, self._first(self.state()), self.sealed_to()
         lossy = not carry_over and sealed < len(old)
-        unseen = lossy and (not self.tpm or self._unwatched(sealed, len(old), {"10"}))
+        unseen = lossy and (not self.tpm or self._unwatched(sealed, len(old), self._watched()))
         pending = self.lost.get(self.boot_id)
         _emulated.kexec(self.host.kernel, carry_over)
         if carry_over:

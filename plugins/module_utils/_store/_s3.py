@@ -48,9 +48,18 @@ _REASONS = {
     "QuotaExceeded": "store_full",
     "XMinioStorageFull": "store_full",
 }
+# what boto3 raises when it never came to an answer
+_KINDS = {
+    "SSLError": "store_untrusted",
+    "NoCredentialsError": "store_denied",
+    "PartialCredentialsError": "store_denied",
+    "CredentialRetrievalError": "store_denied",
+    "ProfileNotFound": "store_denied",
+}
 _HINTS = {
     "store_denied": "look at the credentials of the controller and at the bucket's policy",
     "store_missing": "create the bucket (integrity.ima.ima_store), or correct its name",
+    "store_untrusted": "compare the server's certificate, then name its authority in AWS_CA_BUNDLE",
     "checksum_refused": "something between the controller and the store changes bytes",
     "store_full": "make room in the store and rotate again",
     "store_unavailable": "look at the store and the network, and rotate again",
@@ -118,13 +127,16 @@ class S3Objects(Signing):
             module = type(error).__module__
             if not module.startswith(("botocore", "boto3", "urllib3")) and not isinstance(error, RecursionError):
                 raise
-            said = getattr(error, "response", {})
+            said = getattr(error, "response", None) or {}
             code = str(said.get("Error", {}).get("Code", ""))
             status = said.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             if code in ("NoSuchKey", "404", "NotFound") or (status == 404 and code != "NoSuchBucket"):
                 raise FileNotFoundError(2, "no such object", what) from error
             reason = _REASONS.get(code) or ("store_denied" if status in (401, 403) else "store_unavailable")
-            if status == 412:
+            kind = type(error).__name__
+            if kind in _KINDS:
+                reason = _KINDS[kind]
+            elif status == 412:
                 reason = "exists"
             elif status == 409:
                 reason = "conflict"  # somebody else writes the same name at this moment

@@ -43,6 +43,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._objects impo
 
 TIMEOUT = 60  # seconds without an answer
 _FSYNC = "fsync@openssh.com"
+_STATVFS = "statvfs@openssh.com"
 _REQUESTS = 64  # unanswered at once while reading: 32 KiB each
 _ABANDONED = 86400  # seconds after which a temporary file belongs to nobody who lives
 
@@ -52,7 +53,7 @@ class SftpObjects(Objects):
 
     def __init__(self, address: str) -> None:
         self._address(address)
-        with self._asking("open"):
+        with self._asking("open"), self._refusing("", 0):
             try:
                 require_format(self.read(FORMAT_NAME, len(FORMAT) + 1), self.name)
             except FileNotFoundError:
@@ -154,10 +155,45 @@ class SftpObjects(Objects):
             module = type(error).__module__
             if not isinstance(error, (EOFError, OSError, UnicodeError)) and not module.startswith("paramiko"):
                 raise
-            if type(error) is OSError and error.errno is None and "closed" not in str(error):
-                raise  # the server's word "Failure", without a reason
+            if type(error) is OSError and _without_reason(error):
+                raise
             self.close()
             raise self._lost(what, error) from error
+
+    @contextlib.contextmanager
+    def _refusing(self, directory: str, size: int) -> t.Iterator[None]:
+        """Name the server's refusal of ``size`` bytes: it says "Failure" of a full disk as of all else."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, PermissionError):
+                reason, hint = "store_denied", "look at the directory's owner and mode on the server"
+            elif type(error) is not OSError or not _without_reason(error):
+                raise
+            elif self._room(directory) < size:
+                reason, hint = "store_full", "make room in the store and rotate again"
+            else:
+                reason, hint = (
+                    "write_failed",
+                    "look at the server's log: quota, limits, a file system that went read-only",
+                )
+            raise StoreError(
+                f"{self.name} refuses to write or read: {printable(str(error))[:300]}",
+                reason=reason,
+                kept="the shard on the host, and what was delivered before",
+                hint=hint,
+            ) from error
+
+    def _room(self, directory: str) -> int:
+        """Return the bytes that are free for this account (``statvfs@openssh.com``); very many where nobody says so."""
+        from paramiko.sftp import CMD_EXTENDED
+
+        try:
+            _kind, answer = self._connection()._request(CMD_EXTENDED, _STATVFS, directory)
+            _size, fragment, _blocks, _free, available = [answer.get_int64() for _number in range(5)]
+            return int(fragment * available)
+        except Exception:
+            return 1 << 62
 
     def _lost(self, what: str, error: Exception) -> StoreError:
         kind = type(error).__name__
@@ -248,7 +284,7 @@ class SftpObjects(Objects):
         """Write under a temporary name, read back, then give it its name, which no other file may have."""
         path = self._path(name)
         directory, base = os.path.split(path)
-        with self._asking("write a file"):
+        with self._asking("write a file"), self._refusing(directory, size):
             sftp = self._connection()
             if self._size_of(path) is not None:
                 return self._same(name, size, sha256)
@@ -325,6 +361,11 @@ class SftpObjects(Objects):
                     old = (each.st_mtime or 0) < time.time() - _ABANDONED
                     if old and each.filename.startswith(".") and each.filename.endswith(_durable.TEMPORARY):
                         self._connection().remove(f"{self._path(prefix)}{boot.filename}/{each.filename}")
+
+
+def _without_reason(error: OSError) -> bool:
+    """Say whether it is the server's word "Failure", and not a lost connection."""
+    return error.errno is None and "closed" not in str(error)
 
 
 def _size(attributes: t.Any) -> int:

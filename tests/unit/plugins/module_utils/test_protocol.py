@@ -121,7 +121,6 @@ def test_unknown(path: Path, text: str, section: str, key: str) -> None:
         ("lock", "/a/../lock"),
         ("name", "x" * 254),
         ("name", "a\x07b"),
-        ("name", "a\n\tb"),
         ("lock_timeout", ""),
         ("lock_timeout", "-1"),
         ("lock_timeout", "86401"),
@@ -156,6 +155,62 @@ def test_bad_values(path: Path, key: str, value: str) -> None:
 def test_bad_values_of_the_list(path: Path, key: str, value: str) -> None:
     error = config_error(path, f"{MINIMAL}[list]\n{key} = {value}\n")
     assert (error.reason, error.details["section"], error.details["key"]) == ("config_value", "list", key)
+
+
+@pytest.mark.parametrize("text", ["", "[retention]\n", "[retention]\nkeep_days =\nkeep_shards =\nkeep_bytes =\n"])
+def test_without_a_number_there_is_no_limit(path: Path, text: str) -> None:
+    config = _protocol.load(write(path, MINIMAL + text))
+    assert (config.keep_days, config.keep_shards, config.keep_bytes) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("keep_days", 0),
+        ("keep_days", 36500),
+        ("keep_shards", 1),
+        ("keep_shards", 100000000),
+        ("keep_bytes", 0),
+        ("keep_bytes", 1125899906842624),
+    ],
+)
+def test_limits_of_the_retention(path: Path, key: str, value: int) -> None:
+    config = _protocol.load(write(path, f"{MINIMAL}[retention]\n{key} = {value}\n"))
+    limits = {name: getattr(config, name) for name in ("keep_days", "keep_shards", "keep_bytes")}
+    assert limits == dict(dict.fromkeys(limits), **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("keep_days", "-1"),
+        ("keep_days", "36501"),
+        ("keep_days", "7d"),
+        ("keep_days", "0.5"),
+        ("keep_days", "none"),
+        ("keep_shards", "0"),
+        ("keep_shards", "100000001"),
+        ("keep_shards", "+1"),
+        ("keep_bytes", "-1"),
+        ("keep_bytes", "1125899906842625"),
+        ("keep_bytes", "10G"),
+        ("keep_bytes", "\u0661"),
+    ],
+)
+def test_bad_limits_of_the_retention(path: Path, key: str, value: str) -> None:
+    """A limit that was misread could remove too much: it is an error."""
+    error = config_error(path, f"{MINIMAL}[retention]\n{key} = {value}\n")
+    assert error.reason == "config_value"
+    assert (error.details["section"], error.details["key"]) == ("retention", key)
+
+
+@pytest.mark.parametrize(
+    ("text", "section"),
+    [("[retention]\nkeep = 1\n", "retention"), ("[list]\nkeep_days = 1\n", "list"), ("keep_days = 1\n", "snapshot")],
+)
+def test_limits_stand_in_their_section(path: Path, text: str, section: str) -> None:
+    error = config_error(path, MINIMAL + text)
+    assert (error.reason, error.details["section"]) == ("config_unknown", section)
 
 
 @pytest.mark.parametrize("text", ["", "[snapshot]\n", "[list]\n", "[snapshot]\nname = x\n"])

@@ -866,7 +866,6 @@ def test_what_was_put_back_goes_again(tmp_path: Path, store: DirectoryStore) -> 
     assert held(host) == [5, 6]
 
 
-@pytest.mark.xfail(strict=True, reason="the files below an older statement go without the store's word of now")
 def test_what_was_put_back_goes_only_by_the_stores_word_of_now(tmp_path: Path, store: DirectoryStore) -> None:
     """The store lost a shard, and somebody put it back on the host to deliver it again: it may be the last copy."""
     host = pruned(tmp_path, store, keep=2)

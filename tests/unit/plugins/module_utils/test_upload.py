@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.integrity.ima.plugins.module_utils import _upload
-from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError
+from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 
 SECRET = "7d1f0a5c9e"
 QUERY = f"X-Amz-Expires=900&X-Amz-Signature={SECRET}"
@@ -222,9 +222,9 @@ def put(url: str, path: Path, timeout: float = 5.0, headers: dict[str, str] | No
     return _upload.put(url, headers or signed(path.read_bytes()), str(path), timeout)
 
 
-def refused(url: str, path: Path, timeout: float = 5.0, headers: dict[str, str] | None = None) -> StoreError:
+def refused(url: str, path: Path, timeout: float = 5.0, headers: dict[str, str] | None = None) -> ImaError:
     """The error that it raises, which tells nobody the address."""
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(ImaError) as caught:
         put(url, path, timeout, headers)
     said = caught.value
     printed = "".join(traceback.format_exception(type(said), said, said.__traceback__))
@@ -328,7 +328,7 @@ def test_an_address_that_would_break_the_request_is_not_sent(shard: Path, odd: s
     with Server(says(200)) as server:
         url = server.url() + odd
         if "\n" in odd:
-            with contextlib.suppress(StoreError):
+            with contextlib.suppress(ImaError):
                 put(url, shard)
             assert [name for each in server.requests for name, _value in each.headers if name == "X-Injected"] == []
         else:
@@ -336,7 +336,6 @@ def test_an_address_that_would_break_the_request_is_not_sent(shard: Path, odd: s
             assert server.requests == []
 
 
-@pytest.mark.xfail(strict=True, reason="an error of the host's own disk is tried again and told as the store's")
 def test_a_file_that_cannot_be_read_is_not_the_stores_fault(tmp_path: Path, pauses: list[float]) -> None:
     with Server(says(200)) as server:
         said = refused(server.url(), tmp_path / "gone", headers=signed(b""))
@@ -419,7 +418,6 @@ def test_what_an_unanswered_attempt_left_shows_as_exists(shard: Path) -> None:
     assert server.requests[0].body == shard.read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="S3 says 400 RequestTimeout when the line was slow; it is not tried again")
 def test_a_request_that_was_too_slow_for_the_store_is_tried_again(shard: Path) -> None:
     with Server(says(400, error("RequestTimeout")), says(200)) as server:
         put(server.url(), shard)
@@ -605,7 +603,6 @@ def test_a_server_without_tls_is_not_spoken_to(shard: Path) -> None:
     assert server.requests == []
 
 
-@pytest.mark.xfail(NEW_SSL, strict=True, reason="an end of file within TLS is taken for a want of trust")
 def test_an_early_answer_is_heard_through_tls(
     tmp_path: Path, tls: tuple[ssl.SSLContext, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -624,7 +621,6 @@ def test_an_early_answer_is_heard_through_tls(
     assert len(server.requests[0].body) < LARGE, "the fault was not delivered"
 
 
-@pytest.mark.xfail(strict=True, reason="an end of file within TLS is taken for a want of trust")
 def test_a_server_that_goes_away_in_the_handshake_is_unavailable(
     shard: Path, tls: tuple[ssl.SSLContext, str], monkeypatch: pytest.MonkeyPatch, pauses: list[float]
 ) -> None:
@@ -635,7 +631,6 @@ def test_a_server_that_goes_away_in_the_handshake_is_unavailable(
     assert server.connections == 4 and len(pauses) == 3
 
 
-@pytest.mark.xfail(NEW_SSL, strict=True, reason="an end of file within TLS is taken for a want of trust")
 def test_a_server_that_goes_away_within_tls_is_unavailable(
     tmp_path: Path, tls: tuple[ssl.SSLContext, str], monkeypatch: pytest.MonkeyPatch, pauses: list[float]
 ) -> None:
@@ -724,7 +719,6 @@ def test_a_proxy_that_refuses_the_way_makes_the_store_unavailable(
     assert SECRET not in repr(proxy.requests)
 
 
-@pytest.mark.xfail(strict=True, reason="what a proxy answered to CONNECT is not passed on: the message says OSError")
 def test_the_message_says_what_the_proxy_answered(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def script(peer: Peer) -> None:
         peer.head()
@@ -748,7 +742,6 @@ def test_no_proxy_leads_past_the_proxy(
     assert len(server.requests) == 1 and proxy.connections == 0
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="a proxy's address without a number as port is not caught")
 def test_a_proxy_that_cannot_be_understood_is_an_error_of_the_library(
     shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
