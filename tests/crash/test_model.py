@@ -545,7 +545,7 @@ def test_a_whole_boot_that_somebody_trimmed_is_a_hole(tmp_path: Path, store: Dir
 
 
 def test_the_lost_first_record_of_another_pcr_is_not_found(tmp_path: Path, store: DirectoryStore, fast: None) -> None:
-    """What docs/concepts.md says, "Limits": others extend that PCR, too. When it can be found, the page has to change."""
+    """As docs/concepts.md says under "Limits": others extend that PCR, too. When it can be found, that page changes."""
     host = support.Host(tmp_path / "h")
     assert model.rotate(host, store).reason == "" and host.live() == 0
     usual_files(host, 1, pcr=11)

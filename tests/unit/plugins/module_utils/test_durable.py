@@ -96,6 +96,20 @@ def test_create(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (place / "file").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_new_file_is_never_opened_for_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that measures what root reads would record each of them, empty as it is."""
+    real, flags = os.open, []
+
+    def opened(path: t.Any, mode: int, *rest: t.Any, **more: t.Any) -> int:
+        flags.extend([mode] if mode & os.O_CREAT else [])
+        return real(path, mode, *rest, **more)
+
+    monkeypatch.setattr(os, "open", opened)
+    _durable.create(str(tmp_path / "file"), b"bytes")
+    assert [mode & os.O_ACCMODE for mode in flags] == [os.O_WRONLY]
+    assert flags[0] & os.O_EXCL and flags[0] & os.O_NOFOLLOW
+
+
 def test_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "place"
     place.mkdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -249,6 +250,25 @@ def signed_about(tpm: SoftTpm, said: dict[str, t.Any]) -> dict[str, t.Any]:
         return tpm.quote()
     finally:
         del tpm.store.head
+
+
+def test_a_key_on_record_is_made_durable_again(
+    host: support.Host, store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The enrolment before may have died between the name and its fsync."""
+    tpm = SoftTpm(host, store)
+    assert tpm.enroll()["changed"] is True
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    tpm.answer["changed"] = False
+    assert tpm.enroll()["changed"] is False
+    assert os.path.join(store.directory, "hosts", "h") in synced
 
 
 def test_another_key_is_refused(host: support.Host, store: DirectoryStore) -> None:
