@@ -327,25 +327,30 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
 def _upload(config: Config, params: Result) -> tuple[Result | None, Result | None]:
     """Put shards and manifests where the controller signed for, in order, without a lock: sealed files do not change.
 
-    Return what the store now has by its own word, and what went wrong with the first that it does not have.
+    Return what the store now has by its own word, and what went wrong with the first that it does not have. A yes that
+    does not name the digest may be anybody's (a proxy's): then the controller asks the store, and tells in the next
+    round.
     """
     have: Result | None = params["have"]
     spool = Spool(config.spool)
     known = {entry.sequence: entry for entry in spool.entries}
+    unnamed: Result | None = None
     for order in params["uploads"]:
         try:
             entry = known.get(order["sequence"])
             if entry is None or spool.digest(entry) != order["manifest"]:
-                raise SpoolError(
-                    "The controller signed for a shard that this spool does not hold", reason="store_diverged"
-                )
+                raise SpoolError("This spool does not hold the shard that was signed for", reason="store_diverged")
             for what, path in (("shard", spool.path(entry)), ("document", spool.manifest_path(entry))):
-                if order[what]:
-                    put(params["urls"][order[what]["url"]], order[what]["headers"], path)
+                if order[what] and not put(params["urls"][order[what]["url"]], order[what]["headers"], path):
+                    message = "the answer was yes, and did not name the digest of what was taken"
+                    fault = {"sequence": order["sequence"], "reason": "unconfirmed", "message": message}
+                    unnamed = unnamed or fault
         except ImaError as error:
-            return have, {"sequence": order["sequence"], "reason": error.reason, "message": str(error)[:2000]}
-        have = {"sequence": entry.sequence, "manifest": order["manifest"], "store": order["store"], "verdict": ""}
-    return have, None
+            fault = {"sequence": order["sequence"], "reason": error.reason, "message": str(error)[:2000]}
+            return have, unnamed or fault
+        if not unnamed:
+            have = {"sequence": entry.sequence, "manifest": order["manifest"], "store": order["store"], "verdict": ""}
+    return have, unnamed
 
 
 def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:

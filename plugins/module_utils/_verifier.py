@@ -23,6 +23,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import (
     ListError,
     ManifestError,
     StoreError,
+    printable,
 )
 from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import (
     Record,
@@ -228,6 +229,7 @@ class _History:
             self._in_order(number, entry)
             head = self._manifest(entry, head)
         self._orphans()
+        self._rewritten()
         self._points = self._quoted()
         self._expired = self._store.expired(self._host)
         if self._expired:
@@ -343,6 +345,19 @@ class _History:
 
     def _keep(self, sequence: int, fault: Broken) -> None:
         self._reported.append((sequence, fault))
+
+    def _rewritten(self) -> None:
+        """What a store that keeps versions remembers: nothing of ours is ever removed or written again."""
+        names = self._store.rewritten(self._host)
+        if names is None:
+            self._verdict.warn("the store keeps versions and does not show them to this account: rewriting is not seen")
+            return
+        changed = sorted(printable(name) for name, other in names.items() if other)
+        if changed:
+            what = f"{len(changed)} objects of this host were written again in the store with other bytes"
+            raise Broken(f"{what}, {changed[0]} first", reason="rewritten")
+        if names:
+            self._verdict.warn(f"somebody removed {len(names)} objects of this host from the store; they were put back")
 
     def _orphans(self) -> None:
         sealed = set(self._entries)

@@ -150,6 +150,10 @@ class Store:
         except OSError as error:
             raise self._missing(host, entry, "missing_manifest", "manifest", error) from error
 
+    def rewritten(self, host: str) -> dict[str, bool] | None:
+        """Return what of a host was removed or written again in the store: see :meth:`Objects.rewritten`."""
+        return self._objects.rewritten(self._prefix(host))
+
     def open_shard(self, host: str, entry: Entry) -> t.BinaryIO:
         """Return a shard's file. :class:`StoreError` ``missing_shard``, ``unreadable``."""
         try:

@@ -73,6 +73,13 @@ class Objects(abc.ABC):
     def confirms(self, name: str, size: int, sha256: str) -> bool:
         """Say, from what the store itself has now, whether an object has this size and SHA-256."""
 
+    def rewritten(self, prefix: str) -> dict[str, bool] | None:
+        """Return the names below ``prefix`` that were removed or written again; True: with other bytes.
+
+        Only a store that keeps versions remembers. None: it does, but does not tell this account.
+        """
+        return {}
+
     @abc.abstractmethod
     def settle(self, prefix: str) -> None:
         """Make durable, or remove, what a dead writer left below ``prefix``; the caller keeps others away."""

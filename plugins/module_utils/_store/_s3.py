@@ -192,6 +192,24 @@ class S3Objects(Signing):
             t.BinaryIO, io.BufferedReader(Source(body.read, body.close, lambda: self._asking(f"read {name}")))
         )
 
+    def rewritten(self, prefix: str) -> dict[str, bool] | None:
+        """See :class:`Objects`: in a bucket with versions a removed name is free again, but what it was stays."""
+        written: dict[str, list[tuple[str, int]]] = {}
+        start, removed = self._prefix + prefix, set()
+        try:
+            with self._asking("list versions"):
+                pages = self._client.get_paginator("list_object_versions")
+                for page in pages.paginate(Bucket=self._bucket, Prefix=start):
+                    for each in page.get("Versions", []):
+                        written.setdefault(each["Key"][len(start) :], []).append((each["ETag"], each["Size"]))
+                    removed |= {each["Key"][len(start) :] for each in page.get("DeleteMarkers", [])}
+        except StoreError as error:
+            if error.reason == "store_unavailable" and error.details.get("status") != 501:
+                raise
+            return None
+        again = {name for name, versions in written.items() if len(versions) > 1}
+        return {name: len(set(written.get(name, []))) > 1 for name in again | removed}
+
     def confirms(self, name: str, size: int, sha256: str) -> bool:
         """See :class:`Objects`: by the checksum that the server keeps, else by reading the object."""
         try:
@@ -199,7 +217,7 @@ class S3Objects(Signing):
                 head = self._client.head_object(**self._key(name), ChecksumMode="ENABLED")
             if head["ContentLength"] != size:
                 return False
-            if head.get("ChecksumSHA256"):
+            if "-" not in head.get("ChecksumSHA256", "-"):  # else it is that of the parts, or none
                 return bool(head["ChecksumSHA256"] == _base64(sha256))
             with self.open(name) as file:
                 return hashed(file) == (size, sha256)

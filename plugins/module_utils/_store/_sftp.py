@@ -301,8 +301,7 @@ class SftpObjects(Objects):
                     if self._size_of(path) is None:
                         raise
                     return self._same(name, size, sha256)
-                with sftp.open(directory, "r") as names:
-                    self._fsync(names)
+                self._sync_directory(directory)
                 return True
             finally:
                 with contextlib.suppress(Exception):
@@ -317,6 +316,10 @@ class SftpObjects(Objects):
                 file.write(chunk)
             file.flush()
             self._fsync(file)
+
+    def _sync_directory(self, path: str) -> None:
+        with self._connection().open(path, "r") as names:
+            self._fsync(names)
 
     def _fsync(self, file: t.Any) -> None:
         """Ask for durability as OpenSSH's file PROTOCOL has it (``fsync@openssh.com``); others may not know it."""
@@ -350,17 +353,27 @@ class SftpObjects(Objects):
         except OSError:
             if self._size_of(path) is None:  # another controller may have made it
                 raise
+        self._sync_directory(os.path.dirname(path))
 
     def settle(self, prefix: str) -> None:
-        """See :class:`Objects`. Another controller may be at work: only what is a day old is removed."""
-        with self._asking("remove old files"):
-            for boot in self._list(self._path(prefix).rstrip("/")):
-                if not stat.S_ISDIR(boot.st_mode or 0):
-                    continue
-                for each in self._list(f"{self._path(prefix)}{boot.filename}"):
-                    old = (each.st_mtime or 0) < time.time() - _ABANDONED
-                    if old and each.filename.startswith(".") and each.filename.endswith(_durable.TEMPORARY):
-                        self._connection().remove(f"{self._path(prefix)}{boot.filename}/{each.filename}")
+        """See :class:`Objects`. Another controller may be at work: only temporary files of a day ago are removed."""
+        directory = self._path(prefix).rstrip("/")
+        with self._asking("settle what an earlier rotation left"):
+            if self._size_of(directory) is None:
+                return
+            # A rotation that died may have published names without making them durable.
+            self._sync_directory(directory)
+            for boot in self._list(directory):
+                if stat.S_ISDIR(boot.st_mode or 0):
+                    self._settle_boot(f"{directory}/{boot.filename}")
+
+    def _settle_boot(self, directory: str) -> None:
+        for each in self._list(directory):
+            old = (each.st_mtime or 0) < time.time() - _ABANDONED
+            if old and each.filename.startswith(".") and each.filename.endswith(_durable.TEMPORARY):
+                with contextlib.suppress(OSError):  # a server may forbid it
+                    self._connection().remove(f"{directory}/{each.filename}")
+        self._sync_directory(directory)
 
 
 def _without_reason(error: OSError) -> bool:
