@@ -197,7 +197,9 @@ class Sshd:
         lines += ["AuthenticationMethods publickey", f"AuthorizedKeysFile {self.root}/authorized"]
         lines += [f"AllowUsers {self.user}", "DisableForwarding yes", "PermitTTY no", "MaxStartups 100"]
         lines += ["StrictModes no", "Subsystem sftp internal-sftp"]
-        lines += ["PermitRootLogin prohibit-password"] if self.shell else ["ForceCommand internal-sftp -u 077"]
+        # a home of its own: neither the account's profile nor its files have a say
+        login = ["PermitRootLogin prohibit-password", f"SetEnv HOME={self.root}/root"]
+        lines += login if self.shell else ["ForceCommand internal-sftp -u 077"]
         lines += [f"ChrootDirectory {self.root}/root"] if self.chroot else []
         return "\n".join([*lines, ""])
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import tracemalloc
 import typing as t
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._schema import canon
 from ansible_collections.integrity.ima.plugins.module_utils._shard import digest
 from ansible_collections.integrity.ima.plugins.module_utils._stitch import stitch
 from ansible_collections.integrity.ima.plugins.module_utils._store._base import Store
+from ansible_collections.integrity.ima.plugins.module_utils._store._objects import hashed
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import claims_of, verify, verify_fleet
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils import _store_support as support
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils.test_tpm import SoftTpm
@@ -358,6 +360,21 @@ def test_damage_is_confirmed_by_no_store_and_named_by_the_verifier(place: Place,
     assert place.open().confirms("h", entry, digest(data)) and verify(place.open(), "h", ()).verdict == "consistent"
     place.write(f"hosts/h/{entry.manifest}", data.replace(b'"violations":0', b'"violations":1'))
     assert not place.open().confirms("h", entry, digest(data))
+
+
+def test_a_shard_is_read_and_confirmed_in_little_memory(place: Place) -> None:
+    """What the store has is hashed while it comes, however fast it comes."""
+    data = os.urandom(24 << 20)
+    place.write("big", data)
+    place.write("format.json", FORMAT)
+    store = t.cast(t.Any, place.open())._objects
+    tracemalloc.start()
+    assert store.confirms("big", len(data), hashlib.sha256(data).hexdigest())
+    with store.open("big") as file:
+        assert hashed(file) == (len(data), hashlib.sha256(data).hexdigest())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 def test_nothing_is_pruned_that_the_store_does_not_confirm_now(place: Place, host: support.Host) -> None:

@@ -44,7 +44,6 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._objects impo
 TIMEOUT = 60  # seconds without an answer
 _FSYNC = "fsync@openssh.com"
 _STATVFS = "statvfs@openssh.com"
-_REQUESTS = 64  # unanswered at once while reading: 32 KiB each
 _ABANDONED = 86400  # seconds after which a temporary file belongs to nobody who lives
 
 
@@ -255,8 +254,8 @@ class SftpObjects(Objects):
             if size is None or size == NO_FILE:
                 code = errno.ENOENT if size is None else errno.EINVAL
                 raise FileNotFoundError(code, os.strerror(code)) if size is None else OSError(code, "it is no file")
+            # Not prefetched: paramiko keeps all that has come and was not read yet in memory.
             file = self._connection().open(self._path(name), "rb")
-            file.prefetch(size, max_concurrent_requests=_REQUESTS)
         return t.cast(t.BinaryIO, io.BufferedReader(Source(file.read, file.close, lambda: self._asking("read a file"))))
 
     def confirms(self, name: str, size: int, sha256: str) -> bool:
@@ -312,7 +311,7 @@ class SftpObjects(Objects):
         with sftp.open(path, "wx") as file:
             with contextlib.suppress(OSError):  # a server may forbid it, and has a umask for that
                 file.chmod(0o600)
-            for chunk in iter(lambda: source.read(32768), b""):
+            for chunk in iter(lambda: source.read(_PIECE), b""):
                 file.write(chunk)
             file.flush()
             self._fsync(file)
@@ -374,6 +373,26 @@ class SftpObjects(Objects):
                 with contextlib.suppress(OSError):  # a server may forbid it
                     self._connection().remove(f"{directory}/{each.filename}")
         self._sync_directory(directory)
+
+
+class _Pieces:
+    """A file read with a few requests under way at a time: paramiko's ``prefetch`` keeps all that comes, at any rate."""
+
+    def __init__(self, file: t.Any, size: int) -> None:
+        self._rest, self._pieces = b"", self._ask(file, size)
+
+    @staticmethod
+    def _ask(file: t.Any, size: int) -> t.Iterator[bytes]:
+        window = _REQUESTS * _PIECE
+        for start in range(0, size, window):
+            end = min(size, start + window)
+            yield from file.readv([(at, min(_PIECE, end - at)) for at in range(start, end, _PIECE)])
+
+    def read(self, size: int) -> bytes:
+        """Return up to ``size`` bytes; none at the end of the file."""
+        self._rest = self._rest or next(self._pieces, b"")
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
 
 
 def _without_reason(error: OSError) -> bool:
