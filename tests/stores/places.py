@@ -81,6 +81,7 @@ def sftp_place(sshd: Sshd, path: str) -> Place:
 
     def write(name: str, data: bytes) -> None:
         with _sftp_client(sshd) as sftp, sftp.open(f"{sshd.remote(path)}/{name}", "w") as file:
+            file.set_pipelined(True)
             file.write(data)
 
     return Place("sftp", sshd.store(path), files, write)

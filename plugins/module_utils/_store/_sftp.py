@@ -44,6 +44,8 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._objects impo
 TIMEOUT = 60  # seconds without an answer
 _FSYNC = "fsync@openssh.com"
 _STATVFS = "statvfs@openssh.com"
+_PIECE = 32768  # bytes of one request
+_REQUESTS = 32  # unanswered at once while reading
 _ABANDONED = 86400  # seconds after which a temporary file belongs to nobody who lives
 
 
@@ -254,9 +256,9 @@ class SftpObjects(Objects):
             if size is None or size == NO_FILE:
                 code = errno.ENOENT if size is None else errno.EINVAL
                 raise FileNotFoundError(code, os.strerror(code)) if size is None else OSError(code, "it is no file")
-            # Not prefetched: paramiko keeps all that has come and was not read yet in memory.
             file = self._connection().open(self._path(name), "rb")
-        return t.cast(t.BinaryIO, io.BufferedReader(Source(file.read, file.close, lambda: self._asking("read a file"))))
+        read = _Pieces(file, size).read
+        return t.cast(t.BinaryIO, io.BufferedReader(Source(read, file.close, lambda: self._asking("read a file"))))
 
     def confirms(self, name: str, size: int, sha256: str) -> bool:
         """See :class:`Objects`: by reading it."""
@@ -376,7 +378,7 @@ class SftpObjects(Objects):
 
 
 class _Pieces:
-    """A file read with a few requests under way at a time: paramiko's ``prefetch`` keeps all that comes, at any rate."""
+    """A file read with a few requests under way: of a whole one paramiko's ``prefetch`` keeps all that has come."""
 
     def __init__(self, file: t.Any, size: int) -> None:
         self._rest, self._pieces = b"", self._ask(file, size)
