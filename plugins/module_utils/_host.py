@@ -285,8 +285,9 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
     What is not uploaded directly comes back in chunks.
     """
     have, fault_of_upload = params["have"], None
+    taken = have
     if params.get("uploads") and not check:
-        have, fault_of_upload = _upload(config, params)
+        have, taken, fault_of_upload = _upload(config, params)
     with Lock(config, shared=check, create=not check):
         cycle = cycle_of(config)
         before = _position(cycle)
@@ -305,7 +306,7 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
         news = _sealed_since(cycle, before["sequence"]) and not more
         quote, said = _quote(cycle, params.get("nonce")) if news else (None, [])
         exported = _sealed_since(cycle, before["sequence"])
-        answer = _pending(cycle, dict(params, have=have))
+        answer = _pending(cycle, dict(params, have=taken))
         fault = cycle.blocked()
         answer.update(
             changed=bool(acknowledged or trimmed or exported),
@@ -324,14 +325,15 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
         return answer
 
 
-def _upload(config: Config, params: Result) -> tuple[Result | None, Result | None]:
+def _upload(config: Config, params: Result) -> tuple[Result | None, Result | None, Result | None]:
     """Put shards and manifests where the controller signed for, in order, without a lock: sealed files do not change.
 
-    Return what the store now has by its own word, and what went wrong with the first that it does not have. A yes that
-    does not name the digest may be anybody's (a proxy's): then the controller asks the store, and tells in the next
-    round.
+    Return what the store now has by its own word, up to where uploads got a yes, and what went wrong with the first
+    that did not. A yes that does not name the digest may be anybody's (a proxy's): then the controller asks the store,
+    and tells in the next round.
     """
     have: Result | None = params["have"]
+    taken = have
     spool = Spool(config.spool)
     known = {entry.sequence: entry for entry in spool.entries}
     unnamed: Result | None = None
@@ -347,10 +349,10 @@ def _upload(config: Config, params: Result) -> tuple[Result | None, Result | Non
                     unnamed = unnamed or fault
         except ImaError as error:
             fault = {"sequence": order["sequence"], "reason": error.reason, "message": str(error)[:2000]}
-            return have, unnamed or fault
-        if not unnamed:
-            have = {"sequence": entry.sequence, "manifest": order["manifest"], "store": order["store"], "verdict": ""}
-    return have, unnamed
+            return have, taken, unnamed or fault
+        taken = {"sequence": entry.sequence, "manifest": order["manifest"], "store": order["store"], "verdict": ""}
+        have = have if unnamed else taken
+    return have, taken, unnamed
 
 
 def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:

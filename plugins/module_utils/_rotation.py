@@ -269,7 +269,7 @@ class Rotation:
         self._bytes += size
         if self._bytes > self._options.get("most_bytes", MOST_BYTES):
             raise StoreError(
-                f"{self._host} brings more than {self._options['most_bytes']} bytes in one rotation",
+                f"{self._host} brings more than {self._options.get('most_bytes', MOST_BYTES)} bytes in one rotation",
                 reason="quota",
                 kept="what was delivered so far; the rest on the host",
                 hint="if that is right, rotate again, or raise most_bytes",

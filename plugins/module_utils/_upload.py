@@ -171,7 +171,7 @@ def _kind(error: Exception) -> str:
     if isinstance(text, str):
         return printable(text)
     # What a proxy answered to CONNECT is told in words only, by a bare OSError.
-    return printable(str(error))[:200] if type(error) is OSError else type(error).__name__
+    return printable(str(error))[:200] if error.__class__ is OSError else type(error).__name__
 
 
 def _error(reason: str, url: str, path: str, what: str) -> StoreError:

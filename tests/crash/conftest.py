@@ -11,10 +11,10 @@ import typing as t
 import pytest
 
 # A skipped test has failed where REQUIRE_ALL=1, as with the unit tests.
-from ansible_collections.integrity.ima.tests.unit.conftest import (  # noqa: F401
-    pytest_make_collect_report,
-    pytest_runtest_makereport,
-)
+from ansible_collections.integrity.ima.tests.unit import conftest as units
+
+pytest_make_collect_report = units.pytest_make_collect_report
+pytest_runtest_makereport = units.pytest_runtest_makereport
 
 Tally = t.Callable[[str, float], None]
 FIGURE = "figure"

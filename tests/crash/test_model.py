@@ -236,7 +236,7 @@ class History(RuleBasedStateMachine):
     def look(self, number: int) -> None:
         """Check modes and ima_info change nothing."""
         before = model.everything(self.host)
-        self.on_host(lambda config: _host.info(config))
+        self.on_host(_host.info)
         self.on_host(lambda config: _host.export(config, True))
         self.on_host(lambda config: _host.trim(config, "records", number, 1, False, True))
         assert model.everything(self.host) == before

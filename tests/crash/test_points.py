@@ -411,9 +411,10 @@ def refusing(host: Host, state: str) -> t.Iterator[None]:
         _emulated.phantom(host.kernel)
         yield
     else:
-        switch: t.Callable[[str, bool], object] = _emulated.suspend
-        if state == "not capable":
-            switch = lambda directory, on: _emulated.capable(directory, not on)  # noqa: E731
+
+        def switch(directory: str, on: bool) -> object:
+            return _emulated.capable(directory, not on) if state == "not capable" else _emulated.suspend(directory, on)
+
         switch(host.kernel, True)
         yield
         switch(host.kernel, False)

@@ -19,11 +19,11 @@ from servers import ADMIN, Front, Sshd, Weed
 from ansible_collections.integrity.ima.plugins.module_utils import _upload
 
 # A skipped test has failed where REQUIRE_ALL=1, as with the unit tests.
-from ansible_collections.integrity.ima.tests.unit.conftest import (  # noqa: F401
-    pytest_make_collect_report,
-    pytest_runtest_makereport,
-)
+from ansible_collections.integrity.ima.tests.unit import conftest as units
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils import _store_support as support
+
+pytest_make_collect_report = units.pytest_make_collect_report
+pytest_runtest_makereport = units.pytest_runtest_makereport
 
 KINDS = ("directory", "sftp", "s3")
 _NUMBERS = itertools.count(1)

@@ -546,10 +546,10 @@ def test_the_host_goes_through_the_proxy_of_its_environment_or_past_it(
     place = places.s3_place(s3, bucket, server.url if tls else "")
     real = _upload.put
 
-    def put(*arguments: t.Any, **options: t.Any) -> None:
+    def put(*arguments: t.Any, **options: t.Any) -> bool:
         with monkeypatch.context() as patch:  # the host's environment, not the controller's
             patch.setenv("https_proxy" if tls else "http_proxy", front.url)
-            real(*arguments, **options)
+            return real(*arguments, **options)
 
     monkeypatch.setattr(host_side, "put", put)
     places.delivered(big_host, place, direct=True)

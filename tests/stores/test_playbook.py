@@ -23,7 +23,7 @@ from conftest import MakePlace
 from places import Place
 from servers import Sshd
 
-import ansible_collections.integrity.ima.plugins as plugins
+from ansible_collections.integrity.ima import plugins
 
 HERE = Path(__file__).resolve().parent
 FLEET = {"delete": "delete_n", "stage": "staged", "export": "export_only"}

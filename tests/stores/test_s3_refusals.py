@@ -97,12 +97,12 @@ def sending(monkeypatch: pytest.MonkeyPatch, change: t.Callable[[bytes], bytes],
     """Let the host send other bytes than those that it sealed; return the list of what it sent so."""
     sent = []
 
-    def put(url: str, headers: dict[str, str], path: str) -> None:
+    def put(url: str, headers: dict[str, str], path: str) -> bool:
         if path.endswith(".gz"):
             sent.append(path)
             (directory / "other").write_bytes(change(Path(path).read_bytes()))
             path = str(directory / "other")
-        _upload.put(url, headers, path)
+        return _upload.put(url, headers, path)
 
     monkeypatch.setattr(host_side, "put", put)
     return sent

@@ -156,7 +156,7 @@ class SftpObjects(Objects):
             module = type(error).__module__
             if not isinstance(error, (EOFError, OSError, UnicodeError)) and not module.startswith("paramiko"):
                 raise
-            if type(error) is OSError and _without_reason(error):
+            if _without_reason(error):
                 raise
             self.close()
             raise self._lost(what, error) from error
@@ -169,7 +169,7 @@ class SftpObjects(Objects):
         except OSError as error:
             if isinstance(error, PermissionError):
                 reason, hint = "store_denied", "look at the directory's owner and mode on the server"
-            elif type(error) is not OSError or not _without_reason(error):
+            elif not _without_reason(error):
                 raise
             elif self._room(directory) < size:
                 reason, hint = "store_full", "make room in the store and rotate again"
@@ -397,9 +397,9 @@ class _Pieces:
         return data
 
 
-def _without_reason(error: OSError) -> bool:
-    """Say whether it is the server's word "Failure", and not a lost connection."""
-    return error.errno is None and "closed" not in str(error)
+def _without_reason(error: Exception) -> bool:
+    """Say whether it is the server's word "Failure", and not a lost connection: paramiko gives it no errno."""
+    return error.__class__ is OSError and error.errno is None and "closed" not in str(error)
 
 
 def _size(attributes: t.Any) -> int:

@@ -445,9 +445,7 @@ def test_each_shard_is_confirmed_before_it_goes(
     assert asked == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("sequence", "manifest"), [(2, 1), (5, 5), (1, None), (0, 1), (99, 5)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("sequence", "manifest"), [(2, 1), (5, 5), (1, None), (0, 1), (99, 5)], ids=str)
 def test_a_confirmation_of_something_else_removes_nothing(
     tmp_path: Path, store: DirectoryStore, sequence: int, manifest: int | None
 ) -> None:
