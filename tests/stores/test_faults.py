@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import http.client
+import itertools
 import os
 import shutil
 import subprocess
@@ -404,10 +405,14 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True)
 
 
+WIRES = itertools.count()
+
+
 @pytest.fixture
 def wire() -> t.Iterator[tuple[str, str, str]]:
     """A network namespace behind a pair of interfaces: its name, its address, and the interface on this side."""
-    number = os.getpid() % 10000
+    # The interfaces of the test before may still be there: the kernel removes them behind our back.
+    number = (os.getpid() + 97 * next(WIRES)) % 10000
     namespace, here, there = f"imas{number}", f"imaa{number}", f"imab{number}"
     net = f"198.18.{number % 250 + 1}"  # for such tests (RFC 2544); workers may run at once
     ip("netns", "add", namespace)

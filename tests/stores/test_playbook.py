@@ -122,7 +122,7 @@ class Playbook:
         command += ["-e", f"@{self.directory}/stores.json", *arguments]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         output = done.stdout.decode("utf-8", "replace")
-        assert done.returncode == 0, output[-6000:]
+        assert done.returncode == 0, output[output.find("\nfatal: ") :][:3000] + output[-2000:]
         return output
 
     def files(self) -> dict[str, bytes]:
