@@ -8,49 +8,34 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible.plugins.action import ActionBase
-
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 from ansible_collections.integrity.ima.plugins.module_utils._fleet import missing
 from ansible_collections.integrity.ima.plugins.module_utils._module import failure_of
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostFailed, HostUnreachable, Rotation
 from ansible_collections.integrity.ima.plugins.module_utils._store._open import open_store
+from ansible_collections.integrity.ima.plugins.plugin_utils._host_action import HostAction
 
 
-class ActionModule(ActionBase):
+class ActionModule(HostAction):
     """The action plugin of ``integrity.ima.ima_rotate``."""
 
-    _supports_check_mode = True
-    _supports_async = False
-    _requires_connection = True
+    MODULE = "ima_rotate"
+    OPTIONS = {
+        "key": {"type": "path", "no_log": False},
+        "anchor": {"type": "bool", "default": False},
+        "chunk_bytes": {"type": "int", "default": 4 << 20},
+        "delivery": {"type": "str", "choices": ["controller", "direct"], "default": "controller"},
+        "most_bytes": {"type": "int", "default": 16 << 30},
+    }
 
-    def run(self, tmp: t.Any = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
+    def act(self, args: dict[str, t.Any]) -> dict[str, t.Any]:
         """Rotate the host's list."""
-        super().run(tmp, task_vars)
-        variables = task_vars or {}
-        _validated, args = t.cast(t.Any, self).validate_argument_spec(
-            argument_spec={
-                "config": {"type": "path", "default": "/etc/ima/snapshot.conf"},
-                "store": {"type": "str", "required": True},
-                "name": {"type": "str", "default": variables.get("inventory_hostname")},
-                "key": {"type": "path", "no_log": False},
-                "anchor": {"type": "bool", "default": False},
-                "chunk_bytes": {"type": "int", "default": 4 << 20},
-                "delivery": {"type": "str", "choices": ["controller", "direct"], "default": "controller"},
-                "most_bytes": {"type": "int", "default": 16 << 30},
-            }
-        )
         if not 4096 <= args["chunk_bytes"] <= 16 << 20:
             return {"failed": True, "reason": "value", "msg": "'chunk_bytes' must be from 4096 to 16777216"}
 
         def call(one_round: dict[str, t.Any]) -> dict[str, t.Any]:
             urls = one_round.pop("urls", [])
-            answer: dict[str, t.Any] = self._execute_module(
-                module_name="integrity.ima.ima_rotate",
-                module_args=dict(args, _round=one_round, _urls=urls),
-                task_vars=variables,
-            )
-            return answer
+            return self.ask(dict(args, _round=one_round, _urls=urls))
 
         try:
             rotation = Rotation(
@@ -70,8 +55,6 @@ class ActionModule(ActionBase):
             return dict(error.raw, claim=missing("unreachable", error.msg))
         except (ImaError, OSError) as error:
             return _failed(args["name"], error, rotation.result())
-        finally:
-            t.cast(t.Any, self)._remove_tmp_path(self._connection._shell.tmpdir)
         result = rotation.result()
         if rotation.warnings:
             result["warnings"] = [f"{args['name']}: {said}" for said in rotation.warnings]

@@ -156,6 +156,7 @@ def load(path: str = CONFIG) -> Config:
     ``config_unknown`` or ``config_value``; the last two name file, section and key.
     """
     parser = configparser.RawConfigParser(strict=True, delimiters=("=",), comment_prefixes=("#", ";"))
+    # Keys keep their case, as for the shell reader. configparser asks for this very assignment; its types forbid it.
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     try:
         text = _read_safely(path)

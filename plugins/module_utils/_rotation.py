@@ -267,9 +267,10 @@ class Rotation:
     def _count(self, size: int) -> None:
         """Bound what one host may bring in one rotation."""
         self._bytes += size
-        if self._bytes > self._options.get("most_bytes", MOST_BYTES):
+        most = self._options.get("most_bytes", MOST_BYTES)
+        if self._bytes > most:
             raise StoreError(
-                f"{self._host} brings more than {self._options.get('most_bytes', MOST_BYTES)} bytes in one rotation",
+                f"{self._host} brings more than {most} bytes in one rotation",
                 reason="quota",
                 kept="what was delivered so far; the rest on the host",
                 hint="if that is right, rotate again, or raise most_bytes",

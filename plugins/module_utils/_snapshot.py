@@ -202,8 +202,11 @@ class Cycle:
         journal = self.spool.journal()
         hints = [journal["base"]] + ([journal["trim"]["target"]] if journal["trim"] else [])
         known = {entry.boot_id for entry in self.spool.epoch} | {self.boot_id}
-        hints = [hint if journal["boot_id"] in known else 0 for hint in hints if hint <= end]
-        return [hint for hint in dict.fromkeys(hints) if hint >= self.spool.held_from]
+        hints, held = (
+            [hint if journal["boot_id"] in known else 0 for hint in hints if hint <= end],
+            self.spool.held_from,
+        )
+        return [hint for hint in dict.fromkeys(hints) if hint >= held]
 
     def _runs(self, view: _Buffered, base: int, end: int) -> bool:
         view.rewind()
@@ -794,17 +797,20 @@ class Cycle:
         Never the newest; none without the store's recorded word (and the verdict, where the policy wants one); none
         whose records the kernel may still hold. ``now``: seconds since 1970.
         """
-        held = [entry for entry in self.spool.entries if entry.sequence > self.spool.pruned]
-        sizes = {entry: self.spool.manifest(entry)["stored_size"] for entry in held}
-        epoch, base, going = set(self.spool.epoch), self._surely_gone(), []
+        pruned = self.spool.pruned
+        held = [entry for entry in self.spool.entries if entry.sequence > pruned]
+        manifests = [self.spool.manifest(entry) for entry in held]
+        size = sum(manifest["stored_size"] for manifest in manifests)
+        epoch, base = set(self.spool.epoch), self._surely_gone()
+        going: list[Entry] = []
         policy = "verified" if self.config.trim_after == "verified" else "central"
-        for number, entry in enumerate(held[:-1]):
-            kept = held[number:]
+        for entry, manifest in zip(held[:-1], manifests):
             if (entry in epoch and entry.end > base) or not self.spool.allowed(entry, policy):
                 break
-            if not self._over(len(kept), sum(sizes[each] for each in kept), self.spool.manifest(entry)["time"], now):
+            if not self._over(len(held) - len(going), size, manifest["time"], now):
                 break
             going.append(entry)
+            size -= manifest["stored_size"]
         return self.spool.left_over() + going
 
     def _surely_gone(self) -> int:

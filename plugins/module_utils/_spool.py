@@ -299,7 +299,7 @@ class Spool:
     def path(self, entry: Entry) -> str:
         """Return the path of a shard's file. Raises :class:`SpoolError` ``pruned``: only the store has it."""
         path = os.path.join(self.shards, entry.shard)
-        if entry.sequence <= self.pruned and not os.path.exists(path):
+        if not os.path.exists(path) and entry.sequence <= self.pruned:
             raise SpoolError(
                 f"Shard {entry.sequence} is needed, but was pruned from {self.directory}: a store had confirmed it",
                 reason="pruned",

@@ -120,7 +120,8 @@ class Shim:
             setattr(os, name, self._wrap(name, getattr(os, name)))
         for name in LISTING:
             setattr(os, name, self._listing(name, getattr(os, name)))
-        builtins.open = self._builtin_open(builtins.open)  # type: ignore[assignment]
+        # By setattr: to a type checker these are functions for ever.
+        setattr(builtins, "open", self._builtin_open(builtins.open))  # noqa: B010
         kernel = _emulated.EmulatedFiles
         setattr(kernel, "open", self._kernel("open", kernel.open))  # noqa: B010
         for name in ("read", "write"):

@@ -18,6 +18,7 @@ import ast
 import base64
 import contextlib
 import copy
+import functools
 import gzip
 import importlib
 import io
@@ -430,7 +431,7 @@ class BinaryList(Target):
         with contextlib.suppress(ListError):
             layouts.append(ml.detect(data[:65536]) or ml.SHA1)
         for layout in layouts:
-            reason_of(lambda layout=layout: self.walk(data, layout, False))  # type: ignore[misc]
+            reason_of(functools.partial(self.walk, data, layout, False))
         forged = restamped(data, layouts[-1])
         reason_of(lambda: self.walk(forged, layouts[-1], True))
         return reason_of(lambda: self.walk(data, layouts[-1], True))
@@ -442,7 +443,7 @@ class BinaryList(Target):
         try:
             for record in ml.read(Source(data), layout, verify=verify):
                 raws.append(record.raw)
-                reason_of(lambda record=record: BinaryList.use(record, layout, verify))  # type: ignore[misc]
+                reason_of(functools.partial(BinaryList.use, record, layout, verify))
         finally:
             assert b"".join(raws) == data[: sum(map(len, raws))]
         assert b"".join(raws) == data
@@ -657,7 +658,7 @@ class Identity(Target):
                 assert canonical(identity) == data
                 assert verify(store, "h", ()).reason in DOCUMENTED
                 for quote in self.world.quotes:
-                    reason_of(lambda quote=quote: _tpm.check_document(quote, identity or {}))  # type: ignore[misc]
+                    reason_of(functools.partial(_tpm.check_document, quote, identity or {}))
 
         return reason_of(use)
 
@@ -914,7 +915,7 @@ class Names(Target):
                 verdict = verify(store, host, ())
                 assert verdict.reason in DOCUMENTED | {""}
                 json.dumps(verdict.warnings)
-                reason_of(lambda host=host: store.head(host), files=True)  # type: ignore[misc]
+                reason_of(functools.partial(store.head, host), files=True)
             store.runs()
             with contextlib.suppress(Unfit):
                 verify_fleet(store, None, 0, ["broken"])

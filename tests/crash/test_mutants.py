@@ -10,6 +10,7 @@ With ``-s``, and in one process, a table is printed at the end.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
@@ -69,11 +70,9 @@ def two_processes(root: Path) -> None:
             told[0] = status_of(host.run)
         return real(*arguments)
 
-    _snapshot.Cycle._seal = seal  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_snapshot.Cycle, "_seal", seal)
         host.run()
-    finally:
-        _snapshot.Cycle._seal = real  # type: ignore[method-assign]
     oracle(host)
     assert told == ["LockError locked"], f"the other was not turned away: {told}"
 
@@ -99,7 +98,7 @@ def whole_or_not_there(root: Path) -> None:
         path = root / str(number) / "file"
         path.parent.mkdir()
         recorder = power.Recorder(str(kernel_of(root / f"kernel{number}")), host=str(path.parent))
-        recorder.dying(lambda path=path: _durable.create(str(path), b"bytes"), wrote(number))  # type: ignore[misc]
+        recorder.dying(functools.partial(_durable.create, str(path), b"bytes"), wrote(number))
         assert not path.exists(), f"torn: a name leads to {path.read_bytes()!r}"
 
 

@@ -435,6 +435,7 @@ def test_short_reads(tmp_path: Path, flavour: str, most: int, tally: Tally) -> N
             short.append(len(data) < size)
             return data
 
+        # By setattr: to a type checker a method is one for ever.
         setattr(_emulated._ListFile, "read", stingy)  # noqa: B010
         host.run()
         assert sum(short) > 200, "the reads were not short"

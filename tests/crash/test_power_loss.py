@@ -10,6 +10,7 @@ the store acknowledged, is in the shards. A controller that loses power must hav
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import os
@@ -142,7 +143,7 @@ def raw_of(spool: Spool, entries: t.Iterable[Entry]) -> bytes:
     for entry in entries:
         file, reader = spool.reader(entry)
         with file:
-            pieces += iter(lambda reader=reader: reader.read(65536), b"")  # type: ignore[misc]
+            pieces += iter(functools.partial(reader.read, 65536), b"")
     return b"".join(pieces)
 
 
@@ -264,10 +265,8 @@ class ForeignTrim(Alone):
 class Dies(Alone):
     """A run dies where ``after`` says, and the host stays up; the next one goes on with names that are not safe yet."""
 
-    after: t.Callable[[Event], bool]
-
     def __init__(self, root: Path, after: t.Callable[[Event], bool], *arguments: t.Any, **keywords: t.Any) -> None:
-        self.after = after  # type: ignore[method-assign]
+        self.after = after
         super().__init__(root, *arguments, **keywords)
 
     def work(self, host: _support.Host) -> None:
@@ -373,14 +372,7 @@ class Delivered(Scene):
         lay_out(cut.tree, self.spool)
         lay_out(self.recorder.at(cut.prefix)["controller"].seen(), self.store)
         self.reboot()
-        self.settle()
-        self.look(promised)
-        self.agree()
-        if self.again():
-            self.machine.grow(1)
-            self.settle()
-            self.look(promised)
-            self.agree()
+        self.goes_on(promised)
 
     def controller(self, cut: Cut) -> None:
         """The controller lost power, the host did not."""
@@ -389,6 +381,10 @@ class Delivered(Scene):
         lay_out(self.recorder.at(cut.prefix)["host"].seen(), self.spool)
         self.kernel_at(promised)
         self.kept(promised)
+        self.goes_on(promised)
+
+    def goes_on(self, promised: Promises) -> None:
+        """Recover and rotate, and where there is time for it once more: what was promised is there, on both sides."""
         self.settle()
         self.look(promised)
         self.agree()
@@ -518,7 +514,8 @@ CONTROLLERS: dict[str, t.Callable[[Path], Delivered]] = {
 def quickly(put: t.Callable[[t.Any, str, t.Any], None]) -> None:
     """Which bytes are safe is reckoned, not tried; and a document is held against its schema once."""
     put(os, "fsync", lambda descriptor: None)
-    real, known = _schema.check, {}  # type: ignore[var-annotated]
+    real: t.Callable[..., str] = _schema.check
+    known: dict[t.Any, str] = {}
 
     def check(value: t.Any, schema: t.Any, *rest: t.Any) -> str:
         key = (_schema.canonical(value), id(schema), rest)
@@ -526,7 +523,7 @@ def quickly(put: t.Callable[[t.Any, str, t.Any], None]) -> None:
             put(_schema, "check", real)  # it calls itself
             known[key] = real(value, schema, *rest)
             put(_schema, "check", check)
-        return known[key]  # type: ignore[no-any-return]
+        return known[key]
 
     put(_schema, "check", check)
 

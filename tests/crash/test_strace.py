@@ -250,6 +250,7 @@ class Window:
             really_close(opened)
             self.open.discard(id(opened))
 
+        # By setattr: to a type checker a method is one for ever.
         setattr(kernel, "open", opens)  # noqa: B010
         setattr(file, "close", closes)  # noqa: B010
         sys.addaudithook(self._hear)

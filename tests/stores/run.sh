@@ -4,24 +4,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 #
 # usage: run.sh BIN [PYTEST ARGUMENT ...]
-# The stores against real servers, with the pytest in BIN. The collection under test is the one that PYTHONPATH leads to,
-# else the one around this file. Paths among the arguments are relative to this directory. STORES_WORKERS=n (2).
+# The stores against real servers: see tests/tools/suite.sh. STORES_WORKERS=n (2).
 
 set -euo pipefail
 
-bin=$(cd "$1" && pwd)
-shift
-cd "$(dirname "${BASH_SOURCE[0]}")"
-staged=''
-cleanup() { if [ -n "$staged" ]; then rm -rf "$staged"; fi; }
-trap cleanup EXIT
-if [ -z "${PYTHONPATH:-}" ]; then
-    staged=$(mktemp -d)
-    mkdir -p "$staged/ansible_collections/integrity"
-    ln -s "$(cd ../.. && pwd)" "$staged/ansible_collections/integrity/ima"
-    export PYTHONPATH=$staged
-fi
-# No settings of the user and no other conftest have a say. Tests only: nothing is left beside them.
-export PYTHONDONTWRITEBYTECODE=1
-nice -n 10 "$bin/python" -m pytest -c /dev/null --rootdir . -p no:cacheprovider -n "${STORES_WORKERS:-2}" --dist worksteal \
-    -q --tb=short --durations=5 --durations-min=1 "$@"
+here=$(dirname "${BASH_SOURCE[0]}")
+SUITE_WORKERS=${STORES_WORKERS:-2} exec "$here/../tools/suite.sh" "$here" "$@"

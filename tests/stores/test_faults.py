@@ -183,6 +183,14 @@ def test_a_directory_of_the_sftp_server_that_the_account_may_not_write(sftp: Ssh
     resumed(big_host, place, direct=False)
 
 
+def bucket_and_host(weed: Weed, directory: Path, name: str) -> tuple[support.Host, Place]:
+    """A new bucket, and a host with one shard's worth of records for it."""
+    host = support.Host(directory / name, shard_records=4000)
+    host.grow(2999)
+    places.s3_client(weed.url).create_bucket(Bucket=name)
+    return host, places.s3_place(weed, name)
+
+
 @as_root
 def test_the_disk_of_seaweedfs_is_full(tmp_path: Path) -> None:
     root = tempfile.mkdtemp(prefix="ima-full-")
@@ -191,11 +199,7 @@ def test_the_disk_of_seaweedfs_is_full(tmp_path: Path) -> None:
     try:
         weed.start()
         for number, direct in enumerate((False, True)):
-            host = support.Host(tmp_path / f"h{number}", shard_records=4000)
-            host.grow(2999)
-            bucket = f"full{number}"
-            places.s3_client(weed.url).create_bucket(Bucket=bucket)
-            place = places.s3_place(weed, bucket)
+            host, place = bucket_and_host(weed, tmp_path, f"full{number}")
             place.write("format.json", b'{"format":"integrity.ima store","version":1}')
             used = os.statvfs(root)
             room = (used.f_blocks - used.f_bfree) * used.f_frsize + (40 << 10)
@@ -439,11 +443,7 @@ def test_the_network_is_cut_in_the_middle_of_an_upload_to_s3(
     try:
         weed.start()
         for number, direct in enumerate((False, True)):
-            host = support.Host(tmp_path / f"h{number}", shard_records=4000)
-            host.grow(2999)
-            bucket = f"cut{number}"
-            places.s3_client(weed.url).create_bucket(Bucket=bucket)
-            place = places.s3_place(weed, bucket)
+            host, place = bucket_and_host(weed, tmp_path, f"cut{number}")
             with monkeypatch.context() as patch:
                 cut = when_sent(patch, 60000, lambda: ip("link", "set", interface, "down"))
                 assert rotation_fails(host, place, direct=direct) == "store_unavailable" and len(cut) == 1

@@ -222,6 +222,13 @@ def put(url: str, path: Path, timeout: float = 5.0, headers: dict[str, str] | No
     return _upload.put(url, headers or signed(path.read_bytes()), str(path), timeout)
 
 
+def large(directory: Path) -> Path:
+    """A shard that no socket takes at once."""
+    shard = directory / "shard"
+    shard.write_bytes(bytes(LARGE))
+    return shard
+
+
 def refused(url: str, path: Path, timeout: float = 5.0, headers: dict[str, str] | None = None) -> ImaError:
     """The error that it raises, which tells nobody the address."""
     with pytest.raises(ImaError) as caught:
@@ -298,8 +305,7 @@ def test_a_file_of_another_length_than_was_signed_is_not_sent(shard: Path) -> No
 
 
 def test_a_file_that_shrinks_on_its_way_is_not_taken_for_sent(tmp_path: Path) -> None:
-    shard = tmp_path / "shard"
-    shard.write_bytes(bytes(LARGE))
+    shard = large(tmp_path)
     headers, got = signed(bytes(LARGE)), []
 
     def script(peer: Peer) -> None:
@@ -432,8 +438,7 @@ def test_a_request_that_was_too_slow_for_the_store_is_tried_again(shard: Path) -
 def test_an_answer_that_comes_before_the_body_was_read_is_heard(
     tmp_path: Path, pauses: list[float], status: int, reason: str, reset: bool
 ) -> None:
-    shard = tmp_path / "shard"
-    shard.write_bytes(bytes(LARGE))
+    shard = large(tmp_path)
 
     def script(peer: Peer) -> None:
         peer.head()
@@ -450,8 +455,7 @@ def test_an_answer_that_comes_before_the_body_was_read_is_heard(
 
 @pytest.mark.parametrize("read", [0, 1, 65536])
 def test_a_store_that_hangs_up_without_an_answer_is_unavailable(tmp_path: Path, pauses: list[float], read: int) -> None:
-    shard = tmp_path / "shard"
-    shard.write_bytes(bytes(LARGE))
+    shard = large(tmp_path)
 
     def script(peer: Peer) -> None:
         peer.head()
@@ -607,8 +611,7 @@ def test_an_early_answer_is_heard_through_tls(
     tmp_path: Path, tls: tuple[ssl.SSLContext, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", tls[1])
-    shard = tmp_path / "shard"
-    shard.write_bytes(bytes(LARGE))
+    shard = large(tmp_path)
 
     def script(peer: Peer) -> None:
         peer.head()
@@ -635,8 +638,7 @@ def test_a_server_that_goes_away_within_tls_is_unavailable(
     tmp_path: Path, tls: tuple[ssl.SSLContext, str], monkeypatch: pytest.MonkeyPatch, pauses: list[float]
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", tls[1])
-    shard = tmp_path / "shard"
-    shard.write_bytes(bytes(LARGE))
+    shard = large(tmp_path)
 
     def script(peer: Peer) -> None:
         peer.head()
