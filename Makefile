@@ -6,6 +6,7 @@
 # make test          lint, sanity, units, test-crash, integration: stops at the first failure
 # make lint | sanity | units | integration      one of them
 # make test-crash    killed, failed, cut off and raced everywhere; LONG=1 takes every call and 200,000 steps (half an hour)
+# make test-mutation each small change of the cycle, the spool and the verifier against the unit tests; goes on where it stopped (2 hours)
 # make test-stores   the stores with a real S3 server and a real sshd; not in make test yet
 # make units-oldest  the unit tests of modules and module_utils on the oldest target Python that this machine has
 #                    SANITY="--test validate-modules" and UNITS="tests/unit/plugins/module_utils/test_x.py" narrow them
@@ -44,7 +45,7 @@ unexport ANSIBLE_CONFIG PYTHONPATH ANSIBLE_COLLECTIONS_PATH ANSIBLE_ROLES_PATH
 
 title = @printf '\n========== %s ==========\n' "$(1)"
 
-.PHONY: help demo test lint sanity units integration units-oldest stage collection clean test-crash test-stores
+.PHONY: help demo test lint sanity units integration units-oldest stage collection clean test-crash test-stores test-mutation
 
 help:
 	@sed -n 's/^# \(make .*\|  .*\)/\1/p' Makefile
@@ -118,6 +119,13 @@ STORES ?=
 test-crash: $(TEST_STAMP) stage
 	$(call title,test-crash: tests/crash)
 	@PYTHONPATH=$(abspath $(BUILD)) tests/crash/run.sh $(BIN) $(CRASH)
+
+# MUTATION=--report prints what is known
+MUTATION ?=
+
+test-mutation: $(TEST_STAMP)
+	$(call title,test-mutation: tests/mutation)
+	@MUTATION_STATE=$(or $(MUTATION_STATE),$(abspath $(BUILD))/mutation) tests/mutation/run.sh $(BIN) $(MUTATION)
 
 test-stores: $(TEST_STAMP) collection
 	$(call title,test-stores: tests/stores)
