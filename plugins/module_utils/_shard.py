@@ -24,6 +24,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._schema import MANIF
 
 Manifest = t.Dict[str, t.Any]
 SHARD_SUFFIX = ".ima.gz"
+PLAIN_SUFFIX = ".plain.gz"
 MANIFEST_SUFFIX = ".json"
 BOOT_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
 _NAME = re.compile(r"([0-9]{8})-(0|[1-9][0-9]{0,15})-([1-9][0-9]{0,12})(\.ima\.gz|\.json)\Z")
@@ -63,7 +64,7 @@ class Entry:
 
 def plain_of(path: str) -> str:
     """Return the path of the readable file beside an encrypted shard; it never leaves the host."""
-    return path[: -len(SHARD_SUFFIX)] + ".plain.gz"
+    return path[: -len(SHARD_SUFFIX)] + PLAIN_SUFFIX
 
 
 def entry_of(manifest: Manifest) -> Entry:

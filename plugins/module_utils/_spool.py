@@ -34,6 +34,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._schema import (
 )
 from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     MANIFEST_SUFFIX,
+    PLAIN_SUFFIX,
     SHARD_SUFFIX,
     Entry,
     Manifest,
@@ -169,6 +170,11 @@ class Spool:
             else:
                 _durable.set_aside(path)
                 done.append(f"set aside a shard without manifest ({orphan.stem})")
+        # What an encrypted shard left that has no other file: its records were never sealed.
+        names = {entry for entry, _suffix in self._names()}
+        for plain in sorted(entry for entry in self._plain() if entry not in names):
+            _durable.set_aside(plain_of(os.path.join(self.shards, plain.shard)))
+            done.append(f"set aside the readable file of a shard that was not sealed ({plain.stem})")
         return done
 
     def _orphans(self) -> list[Entry]:
@@ -183,6 +189,14 @@ class Spool:
                 parsed = parse_name(os.path.basename(directory), name)
                 if parsed:
                     yield parsed
+
+    def _plain(self) -> t.Iterator[Entry]:
+        for directory in self._boot_directories():
+            for name in os.listdir(directory):
+                stem = name[: -len(PLAIN_SUFFIX)] if name.endswith(PLAIN_SUFFIX) else ""
+                parsed = parse_name(os.path.basename(directory), stem + SHARD_SUFFIX)
+                if parsed:
+                    yield parsed[0]
 
     def _continues(self, manifest: Manifest) -> bool:
         head = self.head

@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from ansible_collections.integrity.ima.plugins.module_utils import _encryption
+from ansible_collections.integrity.ima.plugins.module_utils import _durable, _encryption
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 from ansible_collections.integrity.ima.plugins.module_utils._stitch import stitch
@@ -170,3 +170,61 @@ def test_a_run_that_died_before_the_manifest_is_finished(
     assert host.rotate(store)["trimmed"] == 4
     assert judged(store, keys[1]).verdict == "consistent"
     assert not [name for name in support.tree(host.spool) if "broken" in name]
+
+
+class Died(BaseException):
+    """The run was killed."""
+
+
+def names_of(host: support.Host) -> list[str]:
+    return sorted(path.name for path in Path(host.spool, "shards").glob("*/*"))
+
+
+def test_a_run_that_died_with_another_manifest_leaves_nothing_in_the_way(
+    host: support.Host, store: DirectoryStore, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_args: t.Any) -> t.NoReturn:
+        raise Died
+
+    host.grow(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "_seal_manifest", die)
+        with pytest.raises(Died):
+            host.rotate(store)
+    # The journal is a hint: it may be gone. The records of the shard were never sealed, and others have its name now.
+    os.unlink(os.path.join(host.spool, "journal.json"))
+    plain = next(Path(host.spool).rglob("*.plain.gz"))
+    plain.write_bytes(gzip.compress(b"other bytes", mtime=0))
+    assert host.rotate(store)["trimmed"] == 4
+    assert judged(store, keys[0]).verdict == "consistent"
+    stem = plain.name[: -len(".plain.gz")]
+    assert names_of(host) == sorted(
+        f"{stem}.{suffix}" for suffix in ("ack", "ima.gz", "ima.gz.broken", "json", "plain.gz", "plain.gz.broken")
+    )
+
+
+def test_a_run_that_died_between_the_two_names_of_a_shard_leaves_no_readable_file_behind(
+    host: support.Host, store: DirectoryStore, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, calls = _durable.NewFile.publish_as, []
+
+    def die(self: _durable.NewFile, name: str) -> bool:
+        if name.endswith(".ima.gz"):
+            raise Died
+        calls.append(name)
+        return publish(self, name)
+
+    host.grow(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(_durable.NewFile, "publish_as", die)
+        with pytest.raises(Died):
+            host.rotate(store)
+    assert names_of(host) == calls and calls[0].endswith("-4.plain.gz")
+    host.grow(2)
+    done = host.rotate(store)
+    assert done["trimmed"] == 6
+    assert judged(store, keys[0]).verdict == "consistent"
+    assert [name for name in names_of(host) if "plain" in name] == [
+        f"{calls[0]}.broken",
+        calls[0].replace("-4.", "-6."),
+    ]
