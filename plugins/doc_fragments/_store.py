@@ -19,7 +19,8 @@ options:
         needs the Python library paramiko on the controller.
       - C(s3://bucket/prefix) is a bucket of AWS or of any server that speaks S3. C(?endpoint=), C(&region=) and
         C(&profile=) say where it is. What is not given there comes from the environment and the configuration files
-        of the AWS tools, and so do the credentials. It needs the Python library boto3 on the controller.
+        of the AWS tools, and so do the credentials. It needs the Python library botocore on the controller (boto3 has
+        it).
     type: str
     required: true
 """

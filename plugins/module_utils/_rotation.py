@@ -108,6 +108,7 @@ class Rotation:
         self._verdict = ""
         self._wants_verdict = False
         self._rounds = self._bytes = 0
+        self._doubted = False  # the host was told that a name is taken, and gets one more try
         self._orders: list[tuple[Manifest, dict[str, t.Any]]] = []  # signed for, not yet known to be in the store
         self.delivered = self.records = self.exported = self.trimmed = 0
         self.fault: dict[str, t.Any] | None = None
@@ -246,10 +247,16 @@ class Rotation:
     def _take_uploads(self, answer: Answer) -> None:
         """Look in the store for what the host was to put there. Raises the reason for the first that is not there."""
         orders, self._orders = self._orders, []
+        fault = answer["upload_fault"]
         for manifest, order in orders:
             entry = entry_of(manifest)
             if not self._store.has(self._host, entry, order["manifest"]):
-                raise self._not_uploaded(entry.sequence, answer["upload_fault"])
+                # The yes got lost, or somebody else was first: signing anew looks which.
+                if fault and (fault["sequence"], fault["reason"]) == (entry.sequence, "exists") and not self._doubted:
+                    self._doubted = True
+                    return
+                raise self._not_uploaded(entry.sequence, fault)
+            self._doubted = False
             self._head, self._verdict = Head(manifest, order["manifest"]), ""
             self.delivered += 1
             self.records += manifest["count"]

@@ -17,6 +17,7 @@ import pytest
 from servers import ADMIN, Front, Sshd, Weed
 
 from ansible_collections.integrity.ima.plugins.module_utils import _upload
+from ansible_collections.integrity.ima.plugins.module_utils._store import _s3_client
 
 # A skipped test has failed where REQUIRE_ALL=1, as with the unit tests.
 from ansible_collections.integrity.ima.tests.unit import conftest as units
@@ -43,7 +44,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(_upload, "sleep", lambda seconds: None)
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0)
+    monkeypatch.setattr(_s3_client, "sleep", lambda seconds: None)
 
 
 @pytest.fixture(scope="session")
