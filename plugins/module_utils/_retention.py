@@ -13,6 +13,7 @@ import typing as t
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import Call, checked
 from ansible_collections.integrity.ima.plugins.module_utils._schema import CANDIDATES
+from ansible_collections.integrity.ima.plugins.module_utils._shard import digest
 from ansible_collections.integrity.ima.plugins.module_utils._store._base import Store
 
 
@@ -37,11 +38,19 @@ def prune(store: Store, host: str, call: Call, check_mode: bool) -> dict[str, t.
 
 
 def _confirm(store: Store, host: str, candidates: list[dict[str, t.Any]]) -> None:
-    """Compare size and SHA-256 of each candidate's shard and manifest from the store's side."""
+    """Compare size and SHA-256 of each candidate's shard and manifest from the store's side.
+
+    Of a shard that expired there, by the store's own retention, the manifest: both sides let its records go.
+    """
     known = {entry.sequence: entry for entry in store.entries(host)}
+    expired = store.expired(host)
     for candidate in candidates:
-        entry = known.get(candidate["sequence"])
-        if entry is None or not store.confirms(host, entry, candidate["manifest"]):
+        entry, wanted = known.get(candidate["sequence"]), candidate["manifest"]
+        if entry and entry.sequence <= expired:
+            sure = digest(store.manifest_bytes(host, entry)) == wanted
+        else:
+            sure = entry is not None and store.confirms(host, entry, wanted)
+        if not sure:
             raise StoreError(
                 f"{store.name} does not confirm shard {candidate['sequence']} of {host}, which the host would prune",
                 reason="not_confirmed",

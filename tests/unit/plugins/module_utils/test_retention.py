@@ -27,6 +27,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaEr
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import Rotation
 from ansible_collections.integrity.ima.plugins.module_utils._schema import canonical
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
+from ansible_collections.integrity.ima.plugins.module_utils._store import _base
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import verify
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import (
@@ -51,9 +52,10 @@ def _no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(name="clock", autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """The time of the host, for manifests and for retention."""
+    """The time of host and store, for manifests and for retention."""
     clock = types.SimpleNamespace(now=float(START))
-    monkeypatch.setattr(_host, "time", types.SimpleNamespace(time=lambda: clock.now))
+    for module in (_host, _base):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(time=lambda: clock.now))
     for module in (_snapshot, _host):
         monkeypatch.setattr(module, "utc_now", lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(clock.now))))
     return clock
@@ -398,6 +400,41 @@ def test_a_torn_manifest_in_the_store_stops_the_pruning(tmp_path: Path, store: D
     retain(host, keep_bytes=0)
     assert reason_of(lambda: prune(host, store)).reason
     assert host.files() == files
+
+
+def expire(store: DirectoryStore, sequences: t.Iterable[int]) -> None:
+    """What a store's lifecycle does."""
+    for sequence in sequences:
+        os.unlink(in_store(store, sequence, ".ima.gz"))
+
+
+def test_what_expired_in_the_store_first_may_go(
+    tmp_path: Path, store: DirectoryStore, clock: types.SimpleNamespace
+) -> None:
+    host = delivered(tmp_path, store)
+    Path(store.directory, "retention.json").write_bytes(b'{"shard_days":30,"version":1}')
+    expire(store, [1, 2])
+    retain(host, keep_days=7)
+    clock.now = START + 31 * DAY
+    assert prune(host, store)["pruned"] == 4 and held(host) == [5]
+
+
+@pytest.mark.parametrize("how", ["too early", "no retention", "not the oldest", "another manifest"])
+def test_what_did_not_expire_is_not_given_up(
+    tmp_path: Path, store: DirectoryStore, clock: types.SimpleNamespace, how: str
+) -> None:
+    host = delivered(tmp_path, store)
+    if how != "no retention":
+        Path(store.directory, "retention.json").write_bytes(b'{"shard_days":30,"version":1}')
+    expire(store, [2] if how == "not the oldest" else [1])
+    if how == "another manifest":
+        path = in_store(store, 1, ".json")
+        path.write_bytes(path.read_bytes().replace(b'"violations":0', b'"violations":1'))
+    retain(host, keep_days=7)
+    clock.now = START + (29 if how == "too early" else 31) * DAY
+    with pytest.raises(ImaError) as caught:
+        prune(host, store)
+    assert caught.value.reason == "not_confirmed" and held(host) == [1, 2, 3, 4, 5]
 
 
 def test_a_store_that_is_empty_confirms_nothing(tmp_path: Path, store: DirectoryStore) -> None:
