@@ -233,8 +233,34 @@ MUTANTS: dict[str, Mutant] = {
         """,
         "return True",
         controller_loses_power("a rotation"),
-        equivalent="only the part of a delivery is removed, after its shard is sealed; one that comes back is dropped "
-        "when the next delivery begins, and never taken for another shard: its name is a manifest's digest",
+        equivalent="the part of a delivery is removed after its shard is sealed; one that comes back is dropped when "
+        "the next delivery begins, and never taken for another shard: its name is a manifest's digest. A pruned file "
+        "that comes back goes with the next pruning",
+    ),
+    "a pruning's removal is not synced": Mutant(
+        _durable,
+        """
+        sync_directory(os.path.dirname(path))
+        return True
+        """,
+        "return True",
+        host_loses_power("a prune"),
+        equivalent="a file that comes back is a shard that is whole, and goes with the next pruning",
+    ),
+    "pruned before it is stated": Mutant(
+        _spool,
+        """
+        if self.pruned < entry.sequence:
+            _durable.replace(os.path.join(self.directory, _PRUNED), canonical(word))
+        return self._remove(entry.sequence)
+        """,
+        """
+        count = self._remove(entry.sequence)
+        _durable.replace(os.path.join(self.directory, _PRUNED), canonical(word))
+        return count
+        """,
+        host_loses_power("a prune"),
+        "shard_missing",
     ),
     "setting aside is not synced": Mutant(
         _durable,

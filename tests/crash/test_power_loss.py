@@ -16,6 +16,7 @@ import hashlib
 import os
 import random
 import shutil
+import subprocess
 import tempfile
 import typing as t
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 import pytest
 from recorder import Cut, Event, Kernel, Recorder, lay_out
 
-from ansible_collections.integrity.ima.plugins.module_utils import _emulated, _protocol, _schema
+from ansible_collections.integrity.ima.plugins.module_utils import _emulated, _protocol, _schema, _snapshot
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 from ansible_collections.integrity.ima.plugins.module_utils._fleet import document, member
 from ansible_collections.integrity.ima.plugins.module_utils._shard import SHARD_SUFFIX, Entry, digest
@@ -69,6 +70,7 @@ class Scene:
     recorder: Recorder
     start = 0
     tried = 0
+    key: str | None = None  # for encrypted shards
     lenient: frozenset[str] = frozenset()  # faults that may be told
 
     def recorded(self, name: str = "") -> None:
@@ -129,7 +131,9 @@ class Scene:
             for path in (entry.shard, entry.manifest):
                 os.link(os.path.join(spool.shards, path), os.path.join(root, "hosts", name, path))
         Path(root, "format.json").write_bytes(b'{"format":"integrity.ima store","version":1}')
-        verdict = verify(DirectoryStore(root), name, [])
+        store = DirectoryStore(root)
+        store.key = self.key
+        verdict = verify(store, name, [])
         expected = ("broken", told) if told else ("consistent", {""})
         assert verdict.verdict == expected[0] and verdict.reason in expected[1], f"{verdict.reason}: {verdict.message}"
 
@@ -228,6 +232,45 @@ class Acknowledged(Alone):
 
 class Verified(Acknowledged):
     verdict = "consistent"
+
+
+class Pruned(Alone):
+    """All but the newest shard go from the spool; the store has them."""
+
+    def prepare(self, host: _support.Host) -> None:
+        host.grow(12)
+        host.run()
+        shutil.copytree(host.spool, host.spool + ".store")
+
+    def work(self, host: _support.Host) -> None:
+        def prune(cycle: _snapshot.Cycle) -> int:
+            return cycle.spool.prune(cycle.spool.entries[-2], "/store", "2026-01-01T00:00:00Z")
+
+        assert host.locked(prune) > 1
+
+    def look(self, promised: Promises) -> None:
+        spool = Spool(self.spool)
+        for entry in spool.entries:
+            path = os.path.join(spool.shards, entry.shard)
+            if not os.path.exists(path):
+                assert entry.sequence <= spool.pruned, "a shard's file is gone that no statement lets go"
+                shutil.copyfile(os.path.join(f"{self.spool}.store", "shards", entry.shard), path)
+        super().look(promised)
+
+
+class Encrypted(Alone):
+    """Each shard is two files."""
+
+    def prepare(self, host: _support.Host) -> None:
+        root = os.path.dirname(host.spool)
+        recipients, self.key = os.path.join(root, "recipients"), os.path.join(root, "key")
+        os.mkdir(recipients)
+        command = ["openssl", "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=verifier", "-days", "9999"]
+        certificate = os.path.join(recipients, "verifier.pem")
+        subprocess.run([*command, "-keyout", self.key, "-out", certificate], check=True, capture_output=True)
+        with open(host.conf, "a", encoding="utf-8") as file:
+            file.write(f"[encryption]\nrecipients = {recipients}\n")
+        super().prepare(host)
 
 
 class Anchored(Alone):
@@ -484,6 +527,8 @@ HOSTS: dict[str, t.Callable[[Path], Scene]] = {
     "export only": lambda root: Alone(root, "export_only", "never"),
     "acknowledge, then trim": lambda root: Acknowledged(root, trim_after="central"),
     "acknowledge with a verdict, then trim": lambda root: Verified(root, trim_after="verified"),
+    "a prune": Pruned,
+    "encrypted shards": Encrypted,
     "anchor": Anchored,
     "a foreign trim is noted": ForeignTrim,
     "a run died with an orphan": lambda root: Dies(root, named("link", SHARD_SUFFIX)),
