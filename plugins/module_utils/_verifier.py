@@ -229,9 +229,9 @@ class _History:
             self._in_order(number, entry)
             head = self._manifest(entry, head)
         self._orphans()
+        self._expired = self._store.expired(self._host)
         self._rewritten()
         self._points = self._quoted()
-        self._expired = self._store.expired(self._host)
         if self._expired:
             self._verdict.expired = self._expired
             self._verdict.warn(
@@ -356,6 +356,7 @@ class _History:
         if changed:
             what = f"{len(changed)} objects of this host were written again in the store with other bytes"
             raise Broken(f"{what}, {changed[0]} first", reason="rewritten")
+        names = names.keys() - {entry.shard for entry in self._entries[: self._expired]}
         if names:
             self._verdict.warn(f"somebody removed {len(names)} objects of this host from the store; they were put back")
 

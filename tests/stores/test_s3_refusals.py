@@ -197,6 +197,22 @@ def test_the_signed_length_binds_on_the_wire(place: Place, host: support.Host) -
     assert place.files() == {}
 
 
+# -- for the bucket's lifecycle --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_shards_have_a_tag_and_nothing_else_has(s3: Weed, place: Place, host: support.Host, direct: bool) -> None:
+    places.delivered(host, place, direct=direct)
+    client, bucket = places.s3_client(s3.url), place.address[5:].partition("?")[0].partition("/")[0]
+    tags = {
+        each["Key"]: client.get_object_tagging(Bucket=bucket, Key=each["Key"])["TagSet"]
+        for each in client.list_objects_v2(Bucket=bucket)["Contents"]
+    }
+    shards = {name for name in tags if name.endswith(".ima.gz")}
+    assert len(shards) > 0 and len(tags) > 2 * len(shards)
+    assert tags == {name: [{"Key": "ima", "Value": "shard"}] if name in shards else [] for name in tags}
+
+
 # -- names that are taken ---------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ import urllib.parse
 from xml.etree import ElementTree
 
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError
+from ansible_collections.integrity.ima.plugins.module_utils._shard import SHARD_SUFFIX
 from ansible_collections.integrity.ima.plugins.module_utils._store._objects import (
     FORMAT,
     FORMAT_NAME,
@@ -41,6 +42,7 @@ _CONFLICTS = 4
 # "Bucket naming rules", the old ones included
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}\Z")
 _LIST = "ListBucketResult"
+_TAG = "ima=shard"
 _SIZE = re.compile(r"[0-9]{1,16}\Z")
 
 
@@ -210,7 +212,7 @@ class S3Objects(Signing):
 
     def _put_once(self, name: str, body: t.Any, size: int, sha256: str) -> bool:
         """Ask for it once, and again while somebody else is creating it at the same moment. False: it is there."""
-        headers = _binding(size, sha256)
+        headers = _binding(name, size, sha256)
         if not isinstance(body, bytes):
             headers["expect"] = "100-continue"  # so that a refusal comes before the bytes go
         for attempt in range(_CONFLICTS):
@@ -294,7 +296,7 @@ class S3Objects(Signing):
 
         Length, SHA-256 and ``If-None-Match`` are signed: other bytes, or a second time, are refused by the store.
         """
-        headers = _binding(size, sha256)
+        headers = _binding(name, size, sha256)
         url = self._client.presigned(self._prefix + name, headers, EXPIRES)
         query = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
         signed = set(query.get("X-Amz-SignedHeaders", [""])[0].split(";"))
@@ -307,9 +309,13 @@ class S3Objects(Signing):
         return url, headers
 
 
-def _binding(size: int, sha256: str) -> dict[str, str]:
-    """Return the headers that bind a PUT to these bytes, and to a name that is free."""
-    return {"if-none-match": "*", "x-amz-checksum-sha256": _base64(sha256), "content-length": str(size)}
+def _binding(name: str, size: int, sha256: str) -> dict[str, str]:
+    """Return the headers that bind a PUT to these bytes, and to a name that is free.
+
+    A shard gets a tag: lifecycle rules choose by tag, not by the end of a name, and manifests have to stay.
+    """
+    headers = {"if-none-match": "*", "x-amz-checksum-sha256": _base64(sha256), "content-length": str(size)}
+    return dict(headers, **{"x-amz-tagging": _TAG}) if name.endswith(SHARD_SUFFIX) else headers
 
 
 def _base64(sha256: str) -> str:

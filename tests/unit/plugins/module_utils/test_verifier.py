@@ -796,6 +796,23 @@ def test_expired_shards_are_counted_and_not_missed(store: DirectoryStore, monkey
     assert store.head("h") is not None and store.expired("h") == 2
 
 
+def test_what_a_lifecycle_removed_in_a_store_with_versions_was_not_somebody(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_for(store, 30)
+    old(monkeypatch, 31)
+    for sealed in support.take(store)[:2]:
+        os.unlink(support.paths(store, sealed)[0])
+    gone, other = [entry.shard for entry in store.entries("h")[:2]], store.entries("h")[2].shard
+    seen = dict.fromkeys(gone, False)
+    monkeypatch.setattr(DirectoryStore, "rewritten", lambda self, host: seen)
+    assert not any("somebody" in said for said in judged(store, claims=False).warnings)
+    seen[other] = False
+    assert any("somebody removed 1 objects" in said for said in judged(store, claims=False).warnings)
+    seen[gone[0]] = True
+    assert judged(store, claims=False).reason == "rewritten"
+
+
 def test_a_hole_behind_a_shard_that_is_there_never_expired(
     store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
