@@ -32,6 +32,7 @@ host_key_checking = false
 retry_files_enabled = false
 local_tmp = {0}/tmp
 forks = 3
+timeout = 60
 [ssh_connection]
 pipelining = true
 control_path_dir = {0}/cp
