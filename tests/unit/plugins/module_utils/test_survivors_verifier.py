@@ -30,6 +30,8 @@ from ansible_collections.integrity.ima.plugins.module_utils._verifier import (
     _Point,
     claims_of,
     verify,
+    verify_fleet,
+    worst,
 )
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils import _store_support as support
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import parse
@@ -219,7 +221,9 @@ def test_what_a_rotation_said_of_a_hole_breaks_the_history(store: DirectoryStore
 
 def test_a_rotation_that_never_found_the_host_may_know_of_a_hole(store: DirectoryStore) -> None:
     said = missing("foreign_trim", index=9, boot_id=boots(store)[0])["claim"]
-    assert place(verify(store, "h", [Claim("run", TIMES[0], said)])) == ("foreign_trim", None, 9, boots(store)[0])
+    later = missing("unreachable")["claim"]
+    claims = [Claim("1", TIMES[0], said), Claim("2", TIMES[1], later)]
+    assert place(verify(store, "h", claims)) == ("foreign_trim", None, 9, boots(store)[0])
 
 
 def test_what_is_claimed_after_a_rotation_that_missed_it_counts(store: DirectoryStore) -> None:
@@ -270,6 +274,32 @@ def test_a_quote_that_is_no_document(store: DirectoryStore) -> None:
     support.write(os.path.join(support.base(store), boots(store)[4], f"00000005-{'0' * 16}.quote.json"), b"{")
     verdict = judged(store)
     assert (verdict.verdict, verdict.reason) == ("broken", "not_json")
+
+
+# -- whole fleets ------------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_of_none_is_consistent() -> None:
+    assert worst([]) == "consistent"
+
+
+def test_hosts_that_are_asked_for_are_judged_in_an_empty_store(tmp_path: Path) -> None:
+    result = verify_fleet(support.new_store(tmp_path), ["h"], 0, [])
+    assert (result["verdict"], result["hosts"]["h"]["reason"]) == ("broken", "no_shard")
+
+
+def test_a_host_is_judged_once_it_was_present_or_while_it_is_asked_for(store: DirectoryStore) -> None:
+    """Nobody waits for a name that was never more than a mistake in an older inventory."""
+    shutil.rmtree(support.base(store))
+    claim = {"claim": store.run(store.runs()[2])["hosts"]["h"]}
+    lost = missing("unreachable")
+    support.write_fleet(store, 4, {"gone": claim, "once": claim, "mistake": lost})
+    support.write_fleet(store, 5, {"once": lost, "mistake": lost})
+    support.write_fleet(store, 6, {"new": lost})
+    hosts = verify_fleet(store, None, 0, [])["hosts"]
+    assert {host: said["reason"] for host, said in hosts.items()} == dict.fromkeys(
+        ("gone", "h", "new", "once"), "no_shard"
+    )
 
 
 # -- the names in the store --------------------------------------------------------------------------------------------
