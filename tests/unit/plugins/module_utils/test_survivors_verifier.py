@@ -92,24 +92,24 @@ def rewrite(store: DirectoryStore, sealed: support.Sealed, **members: t.Any) -> 
 # -- the result --------------------------------------------------------------------------------------------------------
 
 
-def test_a_verdict_on_nothing_says_nothing_else(tmp_path: Path) -> None:
-    assert dataclasses.asdict(verify(support.new_store(tmp_path), "h", ())) == {
-        "verdict": "broken", "reason": "no_shard", "message": "The store has no shard of h", "boot_id": "",
+def test_what_is_not_known_is_empty(store: DirectoryStore) -> None:
+    verdict = judged(store)
+    assert (verdict.verdict, verdict.reason, verdict.message, verdict.sound) == ("consistent", "", "", True)
+    assert (verdict.index, verdict.sequence, verdict.attested_to) == (None, None, None)
+    assert (verdict.shards, verdict.records, verdict.boots, verdict.quotes, verdict.expired) == (5, 35, 2, 0, 0)
+    assert judged(store, max_age=1).reason == "stale"
+    assert dataclasses.asdict(verify(store, "nobody", ())) == {
+        "verdict": "broken", "reason": "no_shard", "message": "The store has no shard of nobody", "boot_id": "",
         "index": None, "sequence": None, "shards": 0, "records": 0, "boots": 0, "emulated": False,
         "aggregate_digest": "", "pcrs": {}, "quotes": 0, "attested_to": None, "expired": 0, "seen": "",
         "warnings": [], "sound": False,
     }  # fmt: skip
 
 
-def test_a_good_verdict_has_no_reason_and_no_place(store: DirectoryStore) -> None:
-    verdict = judged(store)
-    assert (verdict.verdict, verdict.reason, verdict.message, verdict.sound) == ("consistent", "", "", True)
-    assert (verdict.index, verdict.sequence, verdict.attested_to) == (None, None, None)
-    assert (verdict.shards, verdict.records, verdict.boots, verdict.quotes, verdict.expired) == (5, 35, 2, 0, 0)
-
-
 def test_a_fault_without_a_reason_of_its_own_is_broken() -> None:
-    assert (Broken("x").reason, Unfit("x").reason) == ("broken", "broken")
+    verdict = Verdict()
+    verdict.broken(Broken("x"))
+    assert (verdict.verdict, verdict.reason, Unfit("x").reason) == ("broken", "broken", "broken")
 
 
 def test_a_host_cannot_flood_the_warnings(store: DirectoryStore) -> None:
@@ -517,6 +517,16 @@ def test_a_fault_lasts_as_long_as_its_boot(store: DirectoryStore, which: str) ->
     support.forge(store, history, pcrs=False)
     expected = ("pcr_mismatch", 5) if which == "boot before" else ("foreign_trim", at + 1)
     assert place(judged(store))[:2] == expected
+
+
+def test_what_expired_explains_no_values_that_hold_nowhere(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = support.take(store)[:4]
+    support.forge(store, history)
+    rewrite(store, history[3], observed={"index": None, "pcrs": ZEROS})
+    monkeypatch.setattr(store, "expired", lambda host: 3)
+    assert place(judged(store))[:2] == ("pcr_mismatch", 4)
 
 
 @pytest.mark.parametrize(
