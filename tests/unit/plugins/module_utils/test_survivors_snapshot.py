@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import struct
 import typing as t
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ansible_collections.integrity.ima.plugins.module_utils import _emulated, _snapshot, _tpm
+from ansible_collections.integrity.ima.plugins.module_utils import _measurement_list as ml
 from ansible_collections.integrity.ima.plugins.module_utils._pcr import Values
 from ansible_collections.integrity.ima.plugins.module_utils._schema import MANIFEST, QUOTE, canonical
 from ansible_collections.integrity.ima.plugins.module_utils._schema import parse as parse_document
@@ -23,6 +25,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 from ansible_collections.integrity.ima.plugins.module_utils._tpm import TpmError
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import (
     Host,
+    oracle,
     parse,
     reason_of,
     replayed,
@@ -566,9 +569,10 @@ def test_the_anchors_of_the_epoch_in_order(tmp_path: Path) -> None:
         indexes.append(host.anchor().index)
         host.grow(2)
     assert host.cycle().anchor_indexes() == indexes
-    name = next(iter(os.listdir(os.path.join(host.spool, "anchors"))))
+    names = sorted(os.listdir(os.path.join(host.spool, "anchors")))
+    assert host.cycle().find_anchor(names[-1]) == indexes[-1]
+    assert host.cycle().find_anchor(names[0]) is None, "it is not behind the cut"
     assert host.cycle().find_anchor("00000009-0123456789abcdef.aggregate") is None
-    assert host.cycle().find_anchor(name) in (None, indexes[-1])
     host.reboot()
     host.export()
     assert host.cycle().anchor_indexes() == []
@@ -581,3 +585,254 @@ def test_a_violation_of_an_anchor_is_no_anchor(tmp_path: Path) -> None:
     host.violation(path=os.path.join(host.spool, "anchors", made.name))
     host.export()
     assert [each["anchors"] for each in manifests(host)][-1] == [{"index": 10, "sequence": 2, "sha256": made.sha256}]
+
+
+@pytest.mark.parametrize("algorithm", ["sha1", "sha256", "md5"])
+def test_an_anchor_needs_a_digest_that_binds(tmp_path: Path, algorithm: str) -> None:
+    host = Host(tmp_path, count=3)
+    assert host.cycle()._anchors() == {}
+    recover(host)
+    path = Path(host.spool, "anchors", "00000001-0123456789abcdef.aggregate")
+    path.write_bytes(b"content")
+    Path(host.spool, "anchors", "notes").write_bytes(b"")
+    cycle = host.cycle()
+    anchors = cycle._anchors()
+    assert anchors == {os.fsencode(path): path.name}
+    values = [algorithm.encode() + b":\0" + hashlib.new(algorithm, b"content").digest(), os.fsencode(path) + b"\0"]
+    (record,) = parse(ml.encode(10, "ima-ng", values, ml.SHA1))
+    found = [{"index": 0, "sequence": 1, "sha256": hashlib.sha256(b"content").hexdigest()}]
+    assert cycle._recognise(record, anchors) == ([] if algorithm == "md5" else found)
+
+
+# --- what a manifest and the journal say ------------------------------------------------------------------------------
+
+
+def test_every_member_of_a_manifest_and_of_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(tmp_path, count=5, shard_records=4)
+    monkeypatch.setattr(_snapshot, "utc_now", lambda: "2026-11-22T00:00:00Z")
+    host.export()
+    spool, state = Spool(host.spool), host.state()
+    first, second = manifests(host)
+    own = ("count", "size", "sha256", "stored_size", "stored_sha256", "pcrs_start", "pcrs_end")
+    common = {
+        "version": 1,
+        "machine_id": state.machine_id,
+        "name": "host",
+        "boot_id": state.boot_id,
+        "reset_count": state.reset_count,
+        "release": state.release,
+        "flavour": "delete_n",
+        "emulated": True,
+        "byte_order": ml.SHA1.byte_order,
+        "padded": [],
+        "violations": 0,
+        "anchors": [],
+        "faults": [],
+        "time": "2026-11-22T00:00:00Z",
+    }
+    assert {key: value for key, value in first.items() if key not in own} == dict(
+        common, sequence=1, first=0, previous=None, observed=None
+    )
+    observed = {"pcrs": state.pcrs, "index": 6}
+    assert {key: value for key, value in second.items() if key not in own} == dict(
+        common, sequence=2, first=4, previous=spool.digest(spool.entries[0]), observed=observed
+    )
+    expected = {"version": 1, "boot_id": state.boot_id, "base": 0, "trim": None, "seal": None, "faults": []}
+    assert Spool(host.spool).journal() == expected
+    assert host.trim() == 6
+    assert Spool(host.spool).journal() == dict(expected, base=6)
+
+
+def test_faults_are_told_in_the_first_shard_of_a_batch(tmp_path: Path) -> None:
+    host = Host(tmp_path, "delete_n", "never", count=20)
+    host.export()
+    _emulated.foreign_trim(host.kernel, 5)
+    host.grow(20)
+    host.export()
+    told = [manifest["faults"] for manifest in manifests(host)]
+    assert [len(faults) for faults in told] == [0, 0, 0, 1, 0, 0]
+    ((found,),) = (faults for faults in told if faults)
+    boot = host.state().boot_id
+    message = "somebody else trimmed records 0 to 4; all of them are in shards"
+    assert found == dict(fault(boot, 5, lost=False), message=message)
+
+
+def test_a_list_that_leads_nowhere_is_a_fault_at_the_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told once: what comes later cannot be right either."""
+    host = Host(tmp_path, "delete_n", "never", count=4)
+    host.export()
+    observing(monkeypatch, {"10": {"sha1": "11" * 20, "sha256": "11" * 32}})
+    for _time in range(3):
+        host.grow(2)
+        host.export()
+    assert host.faults() == [("pcr_mismatch", 5, True)]
+    assert [manifest["observed"]["index"] for manifest in manifests(host)[1:]] == [None] * 3
+
+
+# --- finding the place ------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_of_no_boot_tells_nothing(tmp_path: Path) -> None:
+    host = Host(tmp_path, "delete_n", "never", count=9)
+    host.export()
+    host.journal(b'{"base":3,"boot_id":null,"faults":[],"seal":null,"trim":null,"version":1}')
+    host.grow(1)
+    assert host.export().base == 0
+    assert host.faults() == []
+
+
+def among_equal_records(tmp_path: Path) -> Host:
+    """The list began at record 5; it fits from every violation on that is sealed."""
+    host = Host(tmp_path, "delete_n", "never", count=2)
+    host.violation(6)
+    host.export()
+    _emulated.foreign_trim(host.kernel, 5)
+    host.violation(3)
+    return host
+
+
+def test_among_equal_records_the_tpm_decides_while_it_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = among_equal_records(tmp_path)
+    now = host.state().pcrs
+    later = {"10": {"sha1": "11" * 20, "sha256": "11" * 32}}
+    answers = iter([now, later])
+    with monkeypatch.context() as patch:
+        patch.setattr(Cycle, "observe", lambda self: next(answers))
+        assert details(reason_of(host.export), "index", "boot_id") == ("ambiguous_base", 5, host.state().boot_id)
+    assert host.export().base == 5
+    oracle(host)
+
+
+def test_records_of_a_pcr_that_nobody_asked_for_decide_nothing(tmp_path: Path) -> None:
+    host = among_equal_records(tmp_path)
+    _emulated.feed(host.kernel, records=[{"path": "/eleven", "content": "x", "pcr": 11}])
+    assert host.export().base == 5
+    oracle(host)
+
+
+@pytest.mark.parametrize("flush_htable", [False, True])
+def test_without_a_tpm_a_file_tells_where_the_list_begins_if_it_is_measured_once(
+    tmp_path: Path, flush_htable: bool
+) -> None:
+    host = Host(tmp_path, "staged", "never", count=4, banks=[], flush_htable=flush_htable)
+    lists = host.config().lists()
+    with lists.writer(staged=True) as file:
+        lists.stage(file)
+    host.grow(5)
+    host.export()
+    with lists.writer(staged=True) as file:
+        lists.delete_staged(file)
+    if flush_htable:
+        assert details(reason_of(host.export), "index") == ("ambiguous_base", 5)
+    else:
+        assert host.export().base == 5
+    assert len(manifests(host)) == 2
+
+
+def test_a_piece_is_exported_where_all_before_it_was_trimmed(tmp_path: Path) -> None:
+    for name, banks in (("tpm", BANKS), ("none", [])):
+        host = Host(tmp_path / name, count=4, shard_records=5, banks=banks)
+        host.run()
+        host.grow(20)
+        assert host.export(limit=1).records == 5
+        stop = parse(host.truth())[13]
+        done = host.export(stop=ml.event_name(stop, ml.SHA1.byte_order))
+        assert (done.records, done.cut, done.more) == (3, 13, False)
+        assert host.spans() == [(1, 0, 5), (2, 5, 5), (3, 10, 3)]
+        assert [manifest["observed"] for manifest in manifests(host)[1:]] == [None, None]
+        done = host.export(limit=1)
+        assert (done.records, done.more) == (5, True)
+        host.export()
+        assert manifests(host)[-1]["observed"] == ({"pcrs": host.state().pcrs, "index": 25} if banks else None)
+        oracle(host)
+
+
+def test_a_piece_that_cannot_be_proven_is_noted(tmp_path: Path) -> None:
+    host = Host(tmp_path, count=4, shard_records=5)
+    host.run()
+    host.grow(20)
+    _emulated.foreign_trim(host.kernel, 3)
+    boot = host.state().boot_id
+    assert details(reason_of(lambda: host.export(limit=1)), "index", "boot_id") == ("foreign_trim", 5, boot)
+    (noted,) = Spool(host.spool).journal()["faults"]
+    assert {key: noted[key] for key in ("reason", "index", "lost", "boot_id", "found")} == {
+        "reason": "foreign_trim",
+        "index": 5,
+        "lost": True,
+        "boot_id": boot,
+        "found": boot,
+    }
+
+
+def test_a_lost_list_is_a_fault_of_the_boot_before(tmp_path: Path) -> None:
+    host = Host(tmp_path, count=9)
+    host.run()
+    before = host.state().boot_id
+    host.grow(3)
+    host.kexec(False, same_epoch=False)
+    host.grow(2)
+    place, count = host.cycle().predict()
+    assert (place.base, place.cut, place.start, count) == (0, 0, {}, 3)
+    host.export()
+    (found,) = manifests(host)[-1]["faults"]
+    assert (found["reason"], found["index"], found["lost"]) == ("kexec", 10, True)
+    assert (found["boot_id"], found["found"]) == (before, host.state().boot_id)
+
+
+def test_a_prediction_is_about_the_tpm_too(tmp_path: Path) -> None:
+    host = Host(tmp_path, count=9)
+    host.run()
+    host.grow(12)
+    _emulated.foreign_trim(host.kernel, 2)
+    place, count = host.cycle().predict()
+    assert (place.base, place.cut, place.proven, count) == (10, 10, False, 10)
+    host = among_equal_records(tmp_path / "equal")
+    place, count = host.cycle().predict()
+    assert (place.base, place.cut, count) == (5, 9, 3)
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_given_whole_and_in_order() -> None:
+    pieces = _snapshot._Pieces(iter([b"abc", b"de", b"f"]))
+    assert [pieces.exactly(2), pieces.exactly(3), pieces.read(9), pieces.exactly(4), pieces.read(1)] == [
+        b"ab",
+        b"cde",
+        b"f",
+        b"",
+        b"",
+    ]
+    assert _snapshot._Pieces(iter([b"abc", b"de"])).exactly(9) == b"abcde"
+
+
+class Bytes:
+    """A file whose reads are counted."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at, self.reads = data, 0, 0
+
+    def read(self, size: int) -> bytes:
+        self.reads += 1
+        piece = self.data[self.at : self.at + size]
+        self.at += len(piece)
+        return piece
+
+    def rewind(self) -> None:
+        self.at = 0
+
+
+def test_a_list_is_read_in_large_pieces_and_compared_in_any() -> None:
+    file = Bytes(bytes(range(250)) * 4)
+    view = _snapshot._Buffered(t.cast(t.Any, file))
+    assert view.starts_with([file.data[:1], file.data[1:10], b"", file.data[10:300]])
+    assert (view.read(3), file.reads) == (file.data[300:303], 1)
+    view.rewind()
+    assert not view.starts_with([file.data[:5], b"other"])
+    view.rewind()
+    assert not view.starts_with([file.data + b"more"])
+    view.rewind()
+    assert view.starts_with([file.data]) and view.read(1) == b""
+    assert view.starts_with([])
