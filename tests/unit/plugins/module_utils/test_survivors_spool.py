@@ -202,8 +202,9 @@ def test_an_encrypted_orphan_needs_its_plain_copy(tmp_path: Path, monkeypatch: p
         data = bytearray(plain.read_bytes())
         data[len(data) // 2] ^= 1
         plain.write_bytes(data)
-    (note,) = recovered(host)
+    note, *more = recovered(host)
     assert note.startswith("sealed shard 1" if how == "whole" else "set aside a shard")
+    assert [each[:29] for each in more] == (["set aside the readable file o"] if how == "altered" else [])
     assert host.spans() == ([(1, 0, 4)] if how == "whole" else [])
 
 
