@@ -140,6 +140,30 @@ def export(config: Config, check: bool) -> Result:
         return dict(_exported(cycle, done), diff=_diff(before, _position(cycle)))
 
 
+def save(config: Config) -> Result:
+    """Seal all that the kernel holds beyond the cut, then delete what the policy lets go already."""
+    with Lock(config):
+        cycle = cycle_of(config)
+        before = _position(cycle)
+        notes = cycle.spool.recover()
+        trimmed = _trim_what_may_go(cycle, witness=True) if cycle.spool.head else 0
+        more = True
+        while more:
+            done = _export_piece(cycle, False) if config.trim_after == "local" else cycle.export()
+            more, notes = done.more, notes + done.notes
+            trimmed += _trim_what_may_go(cycle, witness=more)
+        after = _position(cycle)
+        return {
+            "records": _sealed_since(cycle, before["sequence"]),
+            "shards": after["sequence"] - before["sequence"],
+            "trimmed": trimmed,
+            "cut": after["cut"],
+            "sequence": after["sequence"],
+            "fault": cycle.blocked(),
+            "notes": notes,
+        }
+
+
 def _exported(cycle: Cycle, done: Export) -> Result:
     return {
         "changed": done.records > 0,

@@ -75,6 +75,10 @@ class Config(t.NamedTuple):
     keep_shards: int | None = None
     keep_bytes: int | None = None
     recipients: str = ""
+    export_records: int | None = None
+    export_bytes: int | None = None
+    export_seconds: int | None = None
+    stitched: str = ""
 
     def lists(self) -> Lists:
         """Return the measurement lists that the config names, the kernel's or an emulated kernel's."""
@@ -146,7 +150,15 @@ _KEYS: dict[str, dict[str, tuple[t.Callable[[str], t.Any], str | None]]] = {
         "keep_shards": (_optional(1, 10**8), ""),
         "keep_bytes": (_optional(0, 1 << 50), ""),
     },
+    "schedule": {
+        "export_records": (_optional(1, 10**9), ""),
+        "export_bytes": (_optional(1, 1 << 50), ""),
+        "export_seconds": (_optional(1, 10**9), ""),
+    },
+    "stitched": {"directory": (_path, "")},
 }
+# The keys whose member of Config has another name, because two sections have a key of theirs.
+_MEMBERS = {("stitched", "directory"): "stitched"}
 
 
 def load(path: str = CONFIG) -> Config:
@@ -172,7 +184,11 @@ def load(path: str = CONFIG) -> Config:
                 raise _fault(path, section, key, "is not a key that this version knows", "config_unknown")
         if section not in _KEYS:
             raise _fault(path, section, "", "is not a section that this version knows", "config_unknown")
-    values = {key: _value(parser, path, section, key) for section, keys in _KEYS.items() for key in keys}
+    values = {
+        _MEMBERS.get((section, key), key): _value(parser, path, section, key)
+        for section, keys in _KEYS.items()
+        for key in keys
+    }
     values["name"] = values["name"] or socket.gethostname()
     values["lock"] = values["lock"] or os.path.join(values["spool"], "lock")
     return Config(path=path, **values)
@@ -209,7 +225,7 @@ def _value(parser: configparser.RawConfigParser, path: str, section: str, key: s
     if value is None:
         raise _fault(path, section, key, "is missing", "config_value")
     if value == "" and default == "":
-        return None if section == "retention" else ""
+        return None if section in ("retention", "schedule") else ""
     try:
         return read(value)
     except ValueError as error:

@@ -314,7 +314,9 @@ JOURNAL = _document(
             },
             "seal": {"anyOf": [{"type": "null"}, {"type": "object"}]},
             "faults": {"type": "array", "maxItems": 16, "items": _ref("fault")},
-        }
+        },
+        # On a kernel with staging: the index of the first record of the live list, or less.
+        live=_ref("index"),
     ),
 )
 
@@ -332,6 +334,49 @@ PRUNED = _document(
             "manifest": _ref("sha256"),
             "store": _ref("text"),
             "time": _ref("time"),
+        }
+    ),
+)
+
+_OR_UNKNOWN = {"anyOf": [{"type": "null"}, _ref("index")]}
+
+STATUS = _document(
+    "How far the shards of a host are behind its kernel: what ima-snapshot status --json says",
+    _object(
+        {
+            "version": {"const": 1},
+            "name": _ref("name"),
+            "boot_id": _ref("boot_id"),
+            "flavour": _ref("flavour"),
+            "emulated": {"type": "boolean"},
+            "count": _ref("index"),
+            "cut": _OR_UNKNOWN,
+            "base": _OR_UNKNOWN,
+            "lag": _OR_UNKNOWN,
+            "lag_bytes": _OR_UNKNOWN,
+            "sequence": _OR_UNKNOWN,
+            "generation": _ref("index"),
+            "acknowledged": _OR_UNKNOWN,
+            "age": _OR_UNKNOWN,
+            "due": {"type": "boolean"},
+            "holders": {
+                "type": "array",
+                "maxItems": 16,
+                "items": _object({"pid": _ref("index"), "command": {"type": "string", "maxLength": 256}}),
+            },
+            "fault": {
+                "anyOf": [
+                    {"type": "null"},
+                    _object(
+                        {
+                            "reason": _ref("word"),
+                            "message": _ref("text"),
+                            "index": _OR_UNKNOWN,
+                            "boot_id": {"anyOf": [{"type": "null"}, _ref("boot_id")]},
+                        }
+                    ),
+                ]
+            },
         }
     ),
 )

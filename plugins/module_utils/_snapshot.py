@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import calendar
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -94,6 +95,14 @@ class Export(t.NamedTuple):
     cut: int
     more: bool
     notes: list[str]
+
+
+class Tail(t.NamedTuple):
+    """What the kernel holds beyond the cut, and what the TPM said before it was read."""
+
+    place: Place
+    records: t.Iterator[Record]
+    observed: Values | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -432,6 +441,8 @@ class Cycle:
         if self.flavour == STAGED and self.config.trim_after != "never" and not self.blocked():
             notes += self._stage()
         observed = self.observe()
+        # Before the list is read: what comes meanwhile is then taken for new once more, never for sealed.
+        counted = self.lists.count() if self.flavour == STAGED else 0
         drafts: list[_Draft] = []
         try:
             with self.lists.view() as file:
@@ -445,7 +456,8 @@ class Cycle:
             for draft in drafts:
                 draft.shard.discard()
         cut = entries[-1].end if entries else place.cut
-        self.spool.write_journal(boot_id=self.boot_id, base=place.base, trim=None, seal=None)
+        live = {"live": max(place.base, cut - counted) if copy.at_end else cut} if self.flavour == STAGED else {}
+        self.spool.write_journal(boot_id=self.boot_id, base=place.base, trim=None, seal=None, **live)
         return Export(entries, sum(entry.count for entry in entries), place.base, cut, copy.more, notes)
 
     def _require_name(self) -> None:
@@ -605,11 +617,17 @@ class Cycle:
 
     def predict(self) -> tuple[Place, int]:
         """Return our place and the number of records that an export would seal; nothing is written (check mode)."""
+        with self.tail() as tail:
+            return tail.place, sum(1 for _record in tail.records)
+
+    @contextlib.contextmanager
+    def tail(self) -> t.Iterator[Tail]:
+        """Open what the kernel holds beyond the cut, to be read and closed at once; nothing is written."""
         observed = self.observe() if self.spool.check() else None
         with self.lists.view() as file:
             view = _Buffered(file)
             place = self.locate(view, observed)
-            return place, sum(1 for _record in read(view.read, SHA1, first_index=place.cut))
+            yield Tail(place, read(view.read, SHA1, first_index=place.cut), observed)
 
     # -- anchor -----------------------------------------------------------------------------------------------------
 

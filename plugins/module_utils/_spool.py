@@ -228,7 +228,7 @@ class Spool:
                 raise self._fault("spool_gap", f"Shards 1 to {entries[0].sequence - 1} are missing", entries[0])
             for before, after in zip(entries, entries[1:]):
                 self._adjacent(before, after)
-            pruned = self._pruned(entries)
+            pruned = self.pruned_of(entries)
             for entry in entries:
                 if (entry, SHARD_SUFFIX) not in names and entry.sequence > pruned:
                     raise self._fault("shard_missing", f"Shard {entry.sequence} has a manifest but no file", entry)
@@ -263,7 +263,7 @@ class Spool:
         """The newest sealed shard."""
         return self.entries[-1] if self.entries else None
 
-    def _pruned(self, entries: list[Entry]) -> int:
+    def pruned_of(self, entries: list[Entry]) -> int:
         """Return the sequence up to which files may be gone; 0 unless a statement about this very chain says so."""
         data = self._small(os.path.join(self.directory, _PRUNED))
         try:
@@ -276,7 +276,7 @@ class Spool:
     @property
     def pruned(self) -> int:
         """The sequence up to which the shards' files were removed; 0: none. Their manifests stay."""
-        return self._pruned(self.entries)
+        return self.pruned_of(self.entries)
 
     @property
     def held_from(self) -> int:

@@ -235,7 +235,7 @@ class _History:
         if self._expired:
             self._verdict.expired = self._expired
             self._verdict.warn(
-                f"{self._expired} shards expired in the store: of their records only the chain of manifests was checked"
+                f"{self._expired} shards {self._store.GONE}: of their records only the chain of manifests was checked"
             )
         replays = _Epochs(self._points)
         for entry in self._entries[self._expired :]:

@@ -20,6 +20,7 @@ DOCUMENTS = {
     "fleet.schema.json": "FLEET",
     "quote.schema.json": "QUOTE",
     "identity.schema.json": "IDENTITY",
+    "status.schema.json": "STATUS",
 }
 
 

@@ -107,6 +107,8 @@ class Store:
     in the layout of a store.
     """
 
+    GONE = "expired in the store"  # what became of shards whose manifests stayed
+
     def __init__(self, objects: Objects, parts: str) -> None:
         self._objects, self._parts = objects, parts
         self.name = objects.name
