@@ -35,9 +35,9 @@ _PIECE = 1 << 16
 Source = t.Callable[[int], bytes]
 
 
-def main(argv: t.Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
-    args = _parser().parse_args(argv)
+def main(argv: t.Sequence[str] | None = None, config: str = CONFIG) -> int:
+    """Run the command; return its exit code. ``config``: the default of ``--config``."""
+    args = _parser(config).parse_args(argv)
     act: t.Callable[[Config, argparse.Namespace], int] = args.act
     try:
         code = act(load(args.config), args)
@@ -54,11 +54,11 @@ def main(argv: t.Sequence[str] | None = None) -> int:
         return BLOCKED if lost and args.act is _export else FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(config: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ima-snapshot", description="Exports the kernel's IMA measurement list of this host, and tells about it."
     )
-    parser.add_argument("--config", default=CONFIG, help="the config (default: %(default)s)")
+    parser.add_argument("--config", default=config, help="the config (default: %(default)s)")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     each = commands.add_parser("export", help="save new records in shards; delete from the kernel what may go")
     each.add_argument(

@@ -204,6 +204,9 @@ for pipelining in true false true; do
     ANSIBLE_PIPELINING=$pipelining play -i "$work/inventory" "$here/playbooks/rotate.yml" -e "number=$round"
 done
 
+section 'the command on three hosts'
+play -i "$work/inventory" "$here/playbooks/command.yml"
+
 section 'stitched lists, and evmctl on them'
 if ! command -v evmctl > /dev/null; then
     echo 'SKIPPED: evmctl is not installed (package ima-evm-utils)'
