@@ -17,7 +17,9 @@ import http.client
 import os
 import random
 import re
+import socket
 import ssl
+import threading
 import time
 import typing as t
 import urllib.parse
@@ -27,6 +29,7 @@ from ansible_collections.integrity.ima.plugins.module_utils import _durable
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError, printable
 
 TIMEOUT = 60  # seconds without a byte
+DEADLINE = 900  # seconds for one attempt: the address is good for no longer
 ATTEMPTS = 4
 _PAUSE = 1.0  # seconds before the second attempt; doubles
 _ANSWER = 1 << 16
@@ -125,7 +128,7 @@ def _attempt(url: str, headers: dict[str, str], path: str, timeout: float) -> tu
     connection, target = _connect(parts, path, timeout)
     with _durable.failing(path, "read"):
         opened = open(path, "rb")
-    with opened as file, contextlib.closing(connection):
+    with opened as file, contextlib.closing(connection), _ending() as watched:
         if os.fstat(file.fileno()).st_size != int(headers["content-length"]):
             raise _error("store_diverged", url, path, "the file does not have the length that was signed")
         connection.putrequest("PUT", target, skip_host=True, skip_accept_encoding=True)
@@ -135,6 +138,7 @@ def _attempt(url: str, headers: dict[str, str], path: str, timeout: float) -> tu
         hung_up: OSError | None = None
         try:
             connection.endheaders()
+            watched.append(connection.sock)
             for block in iter(lambda: _block(file, path), b""):
                 connection.send(block)
         except _HUNG_UP as error:
@@ -144,6 +148,25 @@ def _attempt(url: str, headers: dict[str, str], path: str, timeout: float) -> tu
             return answer.status, answer.read(_ANSWER), answer.getheader(_CHECKSUM) or ""
         except (OSError, http.client.HTTPException) as error:
             raise hung_up or error from None
+
+
+@contextlib.contextmanager
+def _ending() -> t.Iterator[list[t.Any]]:
+    """Shut the sockets in the yielded list at the deadline: who sends a byte now and then would keep us for ever."""
+    watched: list[t.Any] = []
+
+    def cut() -> None:
+        for each in watched:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+    timer = threading.Timer(DEADLINE, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield watched
+    finally:
+        timer.cancel()
 
 
 def _block(file: t.BinaryIO, path: str) -> bytes:

@@ -356,9 +356,9 @@ class _History:
         if changed:
             what = f"{len(changed)} objects of this host were written again in the store with other bytes"
             raise Broken(f"{what}, {changed[0]} first", reason="rewritten")
-        names = names.keys() - {entry.shard for entry in self._entries[: self._expired]}
-        if names:
-            self._verdict.warn(f"somebody removed {len(names)} objects of this host from the store; they were put back")
+        gone = names.keys() - {entry.shard for entry in self._entries[: self._expired]}
+        if gone:
+            self._verdict.warn(f"somebody removed {len(gone)} objects of this host from the store; they were put back")
 
     def _orphans(self) -> None:
         sealed = set(self._entries)

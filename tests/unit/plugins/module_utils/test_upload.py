@@ -15,6 +15,7 @@ import ssl
 import struct
 import sys
 import threading
+import time
 import traceback
 import tracemalloc
 import typing as t
@@ -472,6 +473,35 @@ def test_nobody_listens(shard: Path, pauses: list[float]) -> None:
         port = gone.getsockname()[1]
     said = refused(f"http://127.0.0.1:{port}{TARGET}", shard)
     assert said.reason == "store_unavailable" and "refused" in str(said) and len(pauses) == 3
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["http", "https"])
+@pytest.mark.parametrize("what", ["continue", "header", "body"])
+def test_who_sends_a_byte_now_and_then_is_left_at_the_deadline(
+    shard: Path, tls: t.Any, monkeypatch: pytest.MonkeyPatch, what: str, secure: bool
+) -> None:
+    def drips(peer: Peer) -> None:
+        peer.head()
+        peer.body()
+        if what == "body":
+            peer.send(b"HTTP/1.1 200 Yes\r\nContent-Length: 60000\r\nConnection: close\r\n\r\n")
+        if what == "header":
+            peer.send(b"HTTP/1.1 200 Yes\r\nX: ")
+        for _ in range(int(PATIENCE / 0.02)):
+            peer.send(b"HTTP/1.1 100 Continue\r\n\r\n" if what == "continue" else b"a")
+            time.sleep(0.02)
+        raise AssertionError("nobody hung up")
+
+    monkeypatch.setattr(_upload, "DEADLINE", 0.3)
+    monkeypatch.setattr(_upload, "ATTEMPTS", 1)
+    monkeypatch.setenv("SSL_CERT_FILE", tls[1])
+    with Server(drips, context=tls[0] if secure else None) as server:
+        url = server.url("https" if secure else "http")
+        if what == "continue":
+            assert refused(url, shard).reason == "store_unavailable"
+        else:  # a yes that names no digest: the controller asks the store
+            assert _upload.put(url, signed(shard.read_bytes()), str(shard)) is False
+    assert server.broken == 1
 
 
 @pytest.mark.parametrize("when", ["at once", "after the body", "inside the status", "inside the headers"])
