@@ -495,6 +495,18 @@ def test_a_trim_right_after_a_reboot_deletes_nothing(tmp_path: Path, flavour: st
     assert host.live() == 6
 
 
+def test_what_was_pruned_is_looked_for_in_the_store() -> None:
+    """An equal record of a pruned shard stands for one that somebody deleted unsealed; without a TPM nobody sees it."""
+    state = History()
+    state.begin(kind="delete_n", banks=[], padded=False, policy="local", shard_records=1, dangers="foreign")
+    state.hidden(count=1, more=0)
+    state.usual(count=1, first=0)
+    state.export()
+    state.prune(shards=1)
+    state.hidden(count=1, more=0)
+    state.teardown()
+
+
 def test_records_that_come_while_the_list_is_read_are_no_fault(
     tmp_path: Path, store: DirectoryStore, fast: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
