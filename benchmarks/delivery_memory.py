@@ -168,7 +168,7 @@ def main() -> None:
     """Read the options, start the servers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--mib", type=int, default=200)
-    parser.add_argument("--chunk-bytes", type=int, default=786432)
+    parser.add_argument("--chunk-bytes", type=int, default=524288)
     parser.add_argument("--only", default="", help="deliveries whose names hold this word")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_args: sys.exit(143))

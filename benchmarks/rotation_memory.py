@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--records", type=int, default=1000000)
     parser.add_argument("--flavour", choices=("export_only", "delete_n", "staged"), default="delete_n")
-    parser.add_argument("--chunk-bytes", type=int, default=786432)
+    parser.add_argument("--chunk-bytes", type=int, default=524288)
     parser.add_argument("--shard-records", type=int, default=50000)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()

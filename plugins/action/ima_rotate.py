@@ -23,7 +23,7 @@ class ActionModule(HostAction):
     OPTIONS = {
         "key": {"type": "path", "no_log": False},
         "anchor": {"type": "bool", "default": False},
-        "chunk_bytes": {"type": "int", "default": 786432},
+        "chunk_bytes": {"type": "int", "default": 524288},
         "delivery": {"type": "str", "choices": ["controller", "direct"], "default": "controller"},
         "most_bytes": {"type": "int", "default": 16 << 30},
     }

@@ -53,7 +53,7 @@ options:
       - How many bytes of shards one round trip may bring. Ansible needs about twelve times as much memory for it on
         the controller, for each host that is rotated at the same time.
     type: int
-    default: 786432
+    default: 524288
   delivery:
     description:
       - How shards reach the store.
@@ -153,7 +153,7 @@ def main() -> None:
             name={"type": "str"},
             key={"type": "path", "no_log": False},
             anchor={"type": "bool", "default": False},
-            chunk_bytes={"type": "int", "default": 786432},
+            chunk_bytes={"type": "int", "default": 524288},
             delivery={"type": "str", "choices": ["controller", "direct"], "default": "controller"},
             most_bytes={"type": "int", "default": 17179869184},
             _round={"type": "dict"},
