@@ -454,8 +454,8 @@ class Lists:
 
     def _number(self, name: str) -> int:
         with self._open(name, os.O_RDONLY) as file:
+            # One read: each renders the number anew, so the rest of "9" may be that of "10".
             data = file.read(64)
-            data += file.read(64) if data else b""
         if not _COUNT.match(data):
             raise KernelError(f"{name} does not hold a number: {printable(data)}", reason="malformed_count")
         return int(data)

@@ -252,6 +252,32 @@ def test_malformed_counts(directory: Path, content: str) -> None:
     assert reason_of(lists.count) == reason_of(lists.violations) == "malformed_count"
 
 
+def test_a_count_that_gets_a_digit_while_it_is_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel renders the number at each read: at offset 2 of what was "9" there is the end of "10"."""
+    count = directory / "runtime_measurements_count"
+    count.write_text("9\n")
+    real = KernelFiles.open
+
+    class Growing:
+        def __init__(self, file: t.Any) -> None:
+            self._file = file
+
+        def read(self, size: int) -> bytes:
+            data: bytes = self._file.read(size)
+            count.write_text("10\n")
+            return data
+
+        def __enter__(self) -> Growing:
+            return self
+
+        def __exit__(self, *_unused: t.Any) -> None:
+            self._file.close()
+
+    monkeypatch.setattr(KernelFiles, "open", lambda self, *arguments: Growing(real(self, *arguments)))
+    lists = Lists(KernelFiles(str(directory)))
+    assert [lists.count(), lists.count()] == [9, 10]
+
+
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
