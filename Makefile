@@ -10,6 +10,7 @@
 # make test-stores   the stores with a real S3 server and a real sshd
 # make units-oldest  the unit tests of modules and module_utils on the oldest target Python that this machine has
 #                    SANITY="--test validate-modules" and UNITS="tests/unit/plugins/module_utils/test_x.py" narrow them
+# make artefact-test the built artefact in an empty environment, then docs/tutorial.md as it is written
 # make clean         removes .venv and build
 
 PYTHON ?= python3
@@ -130,6 +131,12 @@ test-mutation: $(TEST_STAMP)
 test-stores: $(TEST_STAMP) collection
 	$(call title,test-stores: tests/stores)
 	@PYTHONPATH=$(abspath $(BUILD)) ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) tests/stores/run.sh $(BIN) $(STORES)
+
+# A newcomer's way: the artefact in an empty environment, then the tutorial.
+.PHONY: artefact-test
+artefact-test: collection
+	$(call title,artefact-test: tests/tools/artefact.sh)
+	@tests/tools/artefact.sh "$(PYTHON)" $(STAGE) $(BUILD)/artifact/*.tar.gz $(BUILD)/artefact-test
 
 clean:
 	rm -rf $(VENV) $(BUILD) .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/output
