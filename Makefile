@@ -11,6 +11,7 @@
 # make units-oldest  the unit tests of modules and module_utils on the oldest target Python that this machine has
 #                    SANITY="--test validate-modules" and UNITS="tests/unit/plugins/module_utils/test_x.py" narrow them
 # make artefact-test the built artefact in an empty environment, then docs/tutorial.md as it is written
+# make matrix        sanity, units, integration and cycles with each supported ansible-core, and managed Pythons from 3.8 to 3.13 (an hour)
 # make clean         removes .venv and build
 
 PYTHON ?= python3
@@ -137,6 +138,14 @@ test-stores: $(TEST_STAMP) collection
 artefact-test: collection
 	$(call title,artefact-test: tests/tools/artefact.sh)
 	@tests/tools/artefact.sh "$(PYTHON)" $(STAGE) $(BUILD)/artifact/*.tar.gz $(BUILD)/artefact-test
+
+# MATRIX="--core 2.20 --only units,cycle"
+MATRIX ?=
+
+.PHONY: matrix
+matrix:
+	$(call title,matrix: tests/tools/matrix.py)
+	@$(PYTHON) tests/tools/matrix.py $(abspath $(BUILD))/matrix $(MATRIX)
 
 clean:
 	rm -rf $(VENV) $(BUILD) .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/output

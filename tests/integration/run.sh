@@ -85,10 +85,13 @@ CONFIG
 chmod 0755 "$work"
 mkdir -m 0755 "$work/fleet" "$work/home" "$work/store"
 python=${ANSIBLE_PYTHON_INTERPRETER:-$(command -v python3)}
-managed=
-for candidate in $(type -ap python3.8) "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.8*/bin/python; do
-    if "$candidate" -c 'import ctypes, zlib' 2> /dev/null; then managed=$candidate && break; fi
-done
+managed=${MANAGED_PYTHON:-}
+# newer ones manage 3.9 and up
+if [ -z "$managed" ] && ansible --version | grep -q 'core 2\.19\.'; then
+    for candidate in $(type -ap python3.8) "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.8*/bin/python; do
+        if "$candidate" -c 'import ctypes, zlib' 2> /dev/null; then managed=$candidate && break; fi
+    done
+fi
 if [ -z "$managed" ]; then
     for minor in 9 10 11 12 13 14; do
         if command -v "python3.$minor" > /dev/null && "python3.$minor" -c 'import zlib' 2> /dev/null; then
@@ -97,7 +100,6 @@ if [ -z "$managed" ]; then
         fi
     done
     managed=${managed:-$python}
-    printf 'note: no Python 3.8 here; the managed hosts have %s\n' "$("$managed" --version)"
 fi
 managed=$("$managed" -c 'import os, sys; print(os.path.realpath(sys.executable))')
 printf 'ansible %s, managed Python %s\n' "$(ansible --version | sed -n '1s/.*core \(.*\)\]/\1/p')" "$("$managed" --version)"
