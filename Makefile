@@ -12,6 +12,7 @@
 #                    SANITY="--test validate-modules" and UNITS="tests/unit/plugins/module_utils/test_x.py" narrow them
 # make artefact-test the built artefact in an empty environment, then docs/tutorial.md as it is written
 # make matrix        sanity, units, integration and cycles with each supported ansible-core, and managed Pythons from 3.8 to 3.13 (an hour)
+# make gates         galaxy-importer, ansible-lint, antsibull-nox, antsibull-docs and the site in build/docs-site, REUSE, changelog
 # make clean         removes .venv and build
 
 PYTHON ?= python3
@@ -146,6 +147,26 @@ MATRIX ?=
 matrix:
 	$(call title,matrix: tests/tools/matrix.py)
 	@$(PYTHON) tests/tools/matrix.py $(abspath $(BUILD))/matrix $(MATRIX)
+
+# What the Ansible community asks of a collection; GATES="docs site" narrows it.
+GATES ?=
+GATES_VENV := $(BUILD)/gates
+GATES_STAMP := $(GATES_VENV)/.installed-$(PYVER)
+GALAXY_VENV := $(BUILD)/galaxy
+GALAXY_STAMP := $(GALAXY_VENV)/.installed-$(PYVER)
+
+$(GATES_STAMP): requirements/gates.txt tests/tools/venv.sh
+	@tests/tools/venv.sh "$(PYTHON)" $(GATES_VENV) requirements/gates.txt
+	@touch $@
+
+$(GALAXY_STAMP): requirements/galaxy.txt tests/tools/venv.sh
+	@tests/tools/venv.sh "$(PYTHON)" $(GALAXY_VENV) requirements/galaxy.txt
+	@touch $@
+
+.PHONY: gates
+gates: $(GATES_STAMP) $(GALAXY_STAMP) collection
+	$(call title,gates: tests/tools/gates.sh)
+	@tests/tools/gates.sh $(GATES_VENV) $(GALAXY_VENV) $(STAGE) $(INSTALLED) $(BUILD)/artifact/*.tar.gz $(BUILD) $(GATES)
 
 clean:
 	rm -rf $(VENV) $(BUILD) .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/output
