@@ -129,7 +129,7 @@ class Controller:
             work = self.directory / f"cycle-{version}"
             shutil.rmtree(work, ignore_errors=True)
             arguments = [f"work={work}", f"ansible_python_interpreter={python}", f"controller_python={self.bin}/python"]
-            command = [self.bin / "ansible-playbook", "-i", "localhost,", ROOT / "tests" / "tools" / "matrix.yml"]
+            command = [self.bin / "ansible-playbook", "-i", "localhost,", self.stage / "tests" / "tools" / "matrix.yml"]
             done = call(
                 self.log(step),
                 *command,
@@ -139,7 +139,7 @@ class Controller:
         elif step == "integration":
             done = call(
                 self.log(step),
-                ROOT / "tests" / "integration" / "run.sh",
+                self.stage / "tests" / "integration" / "run.sh",
                 PATH=f"{self.bin}:{os.environ['PATH']}",
                 ANSIBLE_COLLECTIONS_PATH=self.installed,
                 ANSIBLE_PYTHON_INTERPRETER=self.bin / "python",
