@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 
 # make demo          a fleet of emulated hosts, the whole cycle, and what can go wrong; no root, nothing outside build/
-# make test          lint, sanity, units, test-crash, test-stores, integration: stops at the first failure
+# make test          lint, sanity, units, test-crash, test-stores, integration, artefact-test: stops at the first failure
 # make lint | sanity | units | integration      one of them
 # make test-crash    killed, failed, cut off and raced everywhere; LONG=1 takes every call and 200,000 steps (half an hour)
 # make test-mutation each small change of the cycle, the spool and the verifier against the unit tests; goes on where it stopped (2 hours)
@@ -79,10 +79,10 @@ demo: collection
 
 test:
 	@start=$$SECONDS; \
-	for step in lint sanity units test-crash test-stores integration; do \
+	for step in lint sanity units test-crash test-stores integration artefact-test; do \
 		$(MAKE) --no-print-directory $$step || { printf '\nFAILED in %s\n' $$step; exit 1; }; \
 	done; \
-	printf '\nPASSED: lint, sanity, units, test-crash, test-stores, integration in %d s\n' $$((SECONDS - start))
+	printf '\nPASSED: lint, sanity, units, test-crash, test-stores, integration, artefact-test in %d s\n' $$((SECONDS - start))
 
 lint: $(TEST_STAMP) stage
 	$(call title,lint: ruff mypy yamllint ansible-lint role specs schemas)
