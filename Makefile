@@ -169,7 +169,7 @@ gates: $(GATES_STAMP) $(GALAXY_STAMP) collection
 	@tests/tools/gates.sh $(GATES_VENV) $(GALAXY_VENV) $(STAGE) $(INSTALLED) $(BUILD)/artifact/*.tar.gz $(BUILD) $(GATES)
 
 clean:
-	rm -rf $(VENV) $(BUILD) .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis tests/output
+	rm -rf $(VENV) $(BUILD) .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis .nox tests/output
 
 # make kernel-lab | kernel-lab-clean   Debian kernels with IMA and a software TPM under QEMU, kept in ~/.cache (KERNEL_LAB=...)
 # make test-kernel                     the collection on those kernels; KERNEL_TESTS="--kernels backports -k cycle" narrows it

@@ -26,7 +26,7 @@ files() {
         git ls-files -coz --exclude-standard
     else # an unpacked archive
         find . \( -path ./.venv -o -path ./build -o -path ./.git -o -path ./tests/output -o -name __pycache__ -o -name '.*_cache' \
-            -o -path ./.ansible -o -name .hypothesis -o -name .plugin-cache.yaml \) -prune -o \( -type f -o -type l \) -printf '%P\0'
+            -o -path ./.ansible -o -path ./.nox -o -name .hypothesis -o -name .plugin-cache.yaml \) -prune -o \( -type f -o -type l \) -printf '%P\0'
     fi
 }
 
