@@ -404,6 +404,17 @@ def test_what_the_store_has_now_goes_before_its_older_words(tmp_path: Path) -> N
     assert cycle.allowed_to(0) == 21
 
 
+def test_what_left_the_kernel_needs_no_word_any_more(tmp_path: Path) -> None:
+    host = Host(tmp_path, count=20)
+    host.export()
+    host.trim(7)
+    host.configure(trim_after="central")
+    spool = Spool(host.spool)
+    spool.acknowledge(spool.entries[1], "test", "", "2026-01-01T00:00:00Z")
+    assert host.cycle().allowed_to(7) == 14
+    assert host.cycle().allowed_to(6) == 6
+
+
 def test_nothing_is_allowed_before_a_boot_has_a_shard_of_its_own(tmp_path: Path) -> None:
     host = Host(tmp_path, count=20)
     assert host.cycle().allowed_to(0) == 0
@@ -576,6 +587,19 @@ def test_the_anchors_of_the_epoch_in_order(tmp_path: Path) -> None:
     host.reboot()
     host.export()
     assert host.cycle().anchor_indexes() == []
+
+
+def test_the_anchors_behind_the_cut_in_order(tmp_path: Path) -> None:
+    """The newest two shards may have one: what came before an anchor can be sealed without it."""
+    host = Host(tmp_path, "delete_n", "never", count=9)
+    host.export()
+    host.grow(3)
+    made = host.anchor()
+    host.export(stop=_snapshot.as_recorded(os.path.join(host.spool, "anchors", made.name)))
+    assert host.spans()[-1] == (3, 10, 3)
+    host.grow(2)
+    host.anchor()
+    assert host.cycle().anchor_indexes() == [13, 16]
 
 
 def test_a_violation_of_an_anchor_is_no_anchor(tmp_path: Path) -> None:
@@ -791,6 +815,47 @@ def test_a_prediction_is_about_the_tpm_too(tmp_path: Path) -> None:
     host = among_equal_records(tmp_path / "equal")
     place, count = host.cycle().predict()
     assert (place.base, place.cut, count) == (5, 9, 3)
+
+
+def test_a_guess_is_not_noted_as_a_loss(tmp_path: Path) -> None:
+    host = Host(tmp_path, "delete_n", "never", count=2, banks=[])
+    host.violation(6)
+    host.export()
+    host.journal(None)
+    _emulated.foreign_trim(host.kernel, 5)
+    host.violation(3)
+    assert reason_of(host.export).reason == "ambiguous_base"
+    assert Spool(host.spool).journal()["faults"] == []
+
+
+def test_a_first_list_after_a_reset_that_leads_nowhere_lost_nothing_of_the_boot_before(tmp_path: Path) -> None:
+    """Between the reboot and the first export there was a kexec: its records are unknown, not those before them."""
+    host = Host(tmp_path, count=9)
+    host.run()
+    host.reboot()
+    host.grow(2)
+    host.kexec(False, same_epoch=False)
+    host.export()
+    assert host.faults() == [("pcr_mismatch", 0, True)]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_counter_that_cannot_be_read_tells_of_no_reset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The TPM's driver comes and goes with the kernel; the list says that it was carried over."""
+    host = Host(tmp_path, "delete_n", "never", count=9)
+    with monkeypatch.context() as patch:
+        if when == "before":
+            patch.setattr(_emulated.EmulatedFiles, "reset_count", lambda self: None)
+        host.export()
+    host.kexec(True)
+    with monkeypatch.context() as patch:
+        if when == "after":
+            patch.setattr(_emulated.EmulatedFiles, "reset_count", lambda self: None)
+        assert host.export().cut == 11
+    assert host.spans()[-1] == (3, 10, 1)
+    oracle(host)
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------
