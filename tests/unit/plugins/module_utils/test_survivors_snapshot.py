@@ -374,6 +374,24 @@ def test_the_shard_that_a_store_and_a_spool_do_not_agree_about(tmp_path: Path) -
     assert details(acknowledge(1, "0" * 64), "sequence") == ("store_diverged", 1)
 
 
+def test_a_list_that_is_shorter_than_what_is_to_be_deleted(tmp_path: Path) -> None:
+    host = Host(tmp_path, count=9)
+    host.export()
+    _emulated.foreign_trim(host.kernel, 10)
+    assert details(reason_of(host.trim), "index") == ("head_changed", 0)
+    assert Spool(host.spool).journal()["trim"] is None, "it was not even begun"
+
+
+def test_an_acknowledgement_says_no_verdict_of_its_own(tmp_path: Path) -> None:
+    host = Host(tmp_path, "delete_n", "central", count=3)
+    host.export()
+    spool = Spool(host.spool)
+    (entry,) = spool.entries
+    assert host.locked(lambda cycle: cycle.acknowledge(1, spool.digest(entry), "test")) == 1
+    assert Spool(host.spool).acknowledged(entry, "") and not Spool(host.spool).acknowledged(entry, "consistent")
+    assert host.trim() == 4
+
+
 def test_the_spool_of_a_host_that_was_renamed(tmp_path: Path) -> None:
     host = Host(tmp_path, count=3)
     host.export()
@@ -703,6 +721,59 @@ def test_a_journal_of_no_boot_tells_nothing(tmp_path: Path) -> None:
     host.grow(1)
     assert host.export().base == 0
     assert host.faults() == []
+
+
+def test_a_journal_that_is_ahead_of_all_shards_tells_nothing(tmp_path: Path) -> None:
+    host = Host(tmp_path, "delete_n", "never", count=9)
+    host.export()
+    host.locked(lambda cycle: cycle.spool.write_journal(base=99, trim={"base": 0, "target": 98, "manifest": "0" * 64}))
+    host.grow(1)
+    assert host.export().base == 0
+    oracle(host)
+
+
+def test_a_journal_that_is_behind_what_was_pruned_is_not_tried(tmp_path: Path) -> None:
+    """The files of the first two shards are gone."""
+    host = Host(tmp_path, count=20)
+    host.run()
+    host.locked(lambda cycle: cycle.spool.prune(cycle.spool.entries[1], "test", "2026-01-01T00:00:00Z"))
+    host.locked(lambda cycle: cycle.spool.write_journal(base=3))
+    host.grow(2)
+    assert (host.export().base, host.faults()) == (21, [("foreign_trim", 21, False)])
+
+
+@pytest.mark.parametrize("flavour", ["delete_n", "staged"])
+def test_without_a_tpm_only_what_follows_tells_equal_records_apart(tmp_path: Path, flavour: str) -> None:
+    host = Host(tmp_path, flavour, "never", count=1, banks=[])
+    for _time in range(2):
+        host.violation()
+        host.grow(1)
+    host.export()
+    _emulated.foreign_trim(host.kernel, 4)
+    assert host.export().base == 4
+    oracle(host)
+
+
+def test_without_a_tpm_two_places_that_fit_are_one_too_many(tmp_path: Path) -> None:
+    """The list is a violation, a file, the same violation; the last of them is sealed, too."""
+    host = Host(tmp_path, "delete_n", "never", count=1, banks=[])
+    host.violation()
+    host.grow(1)
+    host.violation()
+    host.export()
+    _emulated.foreign_trim(host.kernel, 2)
+    assert details(reason_of(host.export), "index") == ("ambiguous_base", 2)
+
+
+def test_a_padded_bank_is_replayed_so_wherever_the_tpm_is_asked(tmp_path: Path) -> None:
+    host = Host(tmp_path, count=4, shard_records=5, padded=["sha256"])
+    host.run()
+    host.grow(7)
+    assert host.export(limit=1).records == 5
+    host.export()
+    assert [manifest["padded"] for manifest in manifests(host)] == [["sha256"]] * 3
+    assert manifests(host)[-1]["pcrs_end"] == host.state().pcrs
+    oracle(host)
 
 
 def among_equal_records(tmp_path: Path) -> Host:
