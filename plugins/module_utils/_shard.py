@@ -294,7 +294,7 @@ def aggregate_text(manifest: Manifest) -> str:
     return f"Snapshot_Attempt_Count={manifest['sequence']};{','.join(items)};"
 
 
-ANCHOR_NAME = re.compile(r"[0-9]{8}-[0-9a-f]{16}\.aggregate\Z")
+ANCHOR_NAME = re.compile(r"(?!0{8})[0-9]{8}-[0-9a-f]{16}\.aggregate\Z")
 
 
 def anchor_content(manifest: Manifest, head: str) -> bytes:

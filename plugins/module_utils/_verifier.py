@@ -266,7 +266,7 @@ class _History:
                 raise self._fault("missing_manifest", f"the manifest of shard {number} is missing", lost[0])
             before = self._entries[number - 2] if number > 1 else None
             first = before.end if before else 0
-            boot = before.boot_id if before and entry.first else entry.boot_id
+            boot = before.boot_id if before else entry.boot_id
             raise Broken(
                 f"shard {number} is missing, manifest and all: the records from index {first} of boot {boot} on, up to "
                 f"shard {entry.sequence}",
@@ -375,7 +375,7 @@ class _History:
                 try:
                     records = read(reader.read, layout_of(manifest), first_index=entry.first)
                     epochs.replay(manifest, records, self._anchors(entry))
-                except ListError as error:
+                except (ListError, Broken) as error:
                     raise self._unless_altered(entry, reader, error) from error
         except ManifestError as error:
             raise self._altered(entry, error) from error
@@ -452,13 +452,12 @@ class _History:
         else:
             self._verdict.verdict, self._verdict.attested_to = ATTESTED, newest.index
 
-    def _unless_altered(self, entry: Entry, reader: ShardReader, error: ListError) -> ImaError:
-        """A record that is wrong in a file that is not the sealed one is the file's fault."""
-        try:
-            while reader.read(_durable.CHUNK):
-                pass
-        except ManifestError as altered:
-            return self._altered(entry, altered)
+    def _unless_altered(self, entry: Entry, reader: ShardReader, error: ListError | Broken) -> Broken:
+        """A record that is wrong in a file that is not the sealed one is the file's fault: :class:`ManifestError`."""
+        while reader.read(_durable.CHUNK):
+            pass
+        if isinstance(error, Broken):
+            return error
         return self._fault("bad_record", error.msg, entry, error.details.get("index"))
 
     def _altered(self, entry: Entry, error: ManifestError) -> Broken:

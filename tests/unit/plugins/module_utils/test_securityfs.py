@@ -267,7 +267,7 @@ def test_a_count_that_gets_a_digit_while_it_is_read(directory: Path, monkeypatch
             count.write_text("10\n")
             return data
 
-        def __enter__(self) -> Growing:
+        def __enter__(self) -> t.Any:
             return self
 
         def __exit__(self, *_unused: t.Any) -> None:

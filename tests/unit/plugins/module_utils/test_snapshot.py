@@ -1236,3 +1236,16 @@ def test_a_big_list_in_little_memory(tmp_path: Path, count: int) -> None:
     assert host.held() == b""
     spans = host.spans()
     assert spans[-1][1] + spans[-1][2] == count
+
+
+def test_a_measured_file_with_the_name_of_no_anchor_is_a_file(tmp_path: Path) -> None:
+    """Sequence numbers begin at 1: as an anchor of shard 0 it would fit no manifest, and stop every export."""
+    host = Host(tmp_path)
+    host.run()
+    path = Path(host.spool, "anchors", f"{0:08}-{'a' * 16}.aggregate")
+    path.write_bytes(b"somebody's")
+    assert _emulated.feed(host.kernel, records=[{"path": str(path), "content": "somebody's"}]) == 1
+    host.run()
+    spool = Spool(host.spool)
+    assert spool.head and spool.manifest(spool.head)["anchors"] == []
+    oracle(host)

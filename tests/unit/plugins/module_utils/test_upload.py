@@ -487,7 +487,7 @@ def test_who_sends_a_byte_now_and_then_is_left_at_the_deadline(
             peer.send(b"HTTP/1.1 200 Yes\r\nContent-Length: 60000\r\nConnection: close\r\n\r\n")
         if what == "header":
             peer.send(b"HTTP/1.1 200 Yes\r\nX: ")
-        for _ in range(int(PATIENCE / 0.02)):
+        for _number in range(int(PATIENCE / 0.02)):
             peer.send(b"HTTP/1.1 100 Continue\r\n\r\n" if what == "continue" else b"a")
             time.sleep(0.02)
         raise AssertionError("nobody hung up")
