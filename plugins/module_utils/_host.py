@@ -339,7 +339,7 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
             more=more,
             fault=fault,
             quote=quote,
-            warnings_said=said,
+            warnings_said=[text[:2000] for text in (said + cycle.warnings)[:16]],
             position=_diff(before, _position(cycle)),
             flavour=cycle.flavour,
             trim_after=config.trim_after,

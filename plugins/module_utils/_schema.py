@@ -338,6 +338,29 @@ PRUNED = _document(
     ),
 )
 
+STITCHED = _document(
+    "How far the stitched lists on a host were seen to be right: a hint, never evidence",
+    _object(
+        {
+            "version": {"const": 1},
+            "files": {
+                "type": "object",
+                "maxProperties": 2,
+                "propertyNames": {"enum": ["ascii_runtime_measurements", "binary_runtime_measurements"]},
+                "additionalProperties": _object(
+                    {
+                        "epoch": _ref("sha256"),
+                        "inode": {"type": "string", "pattern": "^[0-9]{1,20}:[0-9]{1,20}$", "maxLength": 41},
+                        "sequence": {"type": "integer", "minimum": 0, "maximum": 99999999},
+                        "size": _ref("index"),
+                        "tail": _ref("sha256"),
+                    }
+                ),
+            },
+        }
+    ),
+)
+
 _OR_UNKNOWN = {"anyOf": [{"type": "null"}, _ref("index")]}
 
 STATUS = _document(

@@ -50,6 +50,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._shard import (
     anchor_name,
 )
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
+from ansible_collections.integrity.ima.plugins.module_utils._stitched import follow
 
 _READ = 1 << 16
 _ATTEMPTS = 20
@@ -188,6 +189,8 @@ class Cycle:
         # The last shard that the store has by its own word of now, where there is one: older words may be out of date.
         self.store_has: int | None = None
         self.reset_count = lists.files.reset_count()
+        # What a user should know though the cycle went on.
+        self.warnings: list[str] = []
         if not lists.files.emulated:
             require_durable(config.spool)
 
@@ -458,6 +461,9 @@ class Cycle:
         cut = entries[-1].end if entries else place.cut
         live = {"live": max(place.base, cut - counted) if copy.at_end else cut} if self.flavour == STAGED else {}
         self.spool.write_journal(boot_id=self.boot_id, base=place.base, trim=None, seal=None, **live)
+        said = follow(self.config.stitched, self.spool) if self.config.stitched else []
+        self.warnings += [text for text in said if text not in self.warnings]
+        notes += said
         return Export(entries, sum(entry.count for entry in entries), place.base, cut, copy.more, notes)
 
     def _require_name(self) -> None:

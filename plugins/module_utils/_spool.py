@@ -310,6 +310,14 @@ class Spool:
         """Return the SHA-256 of a manifest."""
         return digest(self.manifest_bytes(entry))
 
+    def has(self, entry: Entry) -> bool:
+        """Say whether a shard's file is here: it was not pruned."""
+        return os.path.exists(os.path.join(self.shards, entry.shard))
+
+    def small(self, name: str) -> bytes | None:
+        """Return the content of a small file in the spool, or None."""
+        return self._small(os.path.join(self.directory, name))
+
     def path(self, entry: Entry) -> str:
         """Return the path of a shard's file. Raises :class:`SpoolError` ``pruned``: only the store has it."""
         path = os.path.join(self.shards, entry.shard)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import sys
 import time
 import typing as t
@@ -437,3 +438,51 @@ def test_export_and_the_module_give_the_same_shards(tmp_path, run):
         export()
         digests.append(hashlib.sha256(host.sealed()).hexdigest() == hashlib.sha256(host.truth()).hexdigest())
     assert digests == [True, True] and one.spans() == two.spans()
+
+
+# -- the reader in docs/examples --------------------------------------------------------------------------------------
+
+READER = Path(__file__).resolve().parents[4] / "docs" / "examples" / "read-shards.sh"
+
+
+def test_the_shell_reader_follows_the_shards_while_exports_run(tmp_path):
+    host = Host(tmp_path, count=10)
+    host.configure(lock_timeout="60")
+    host.run()
+    with open(tmp_path / "out", "wb") as out:
+        reader = subprocess.Popen(
+            [str(READER), "-f"],
+            env={"IMA_SNAPSHOT_CONFIG": host.conf, "PATH": os.environ["PATH"]},
+            stdout=out,
+            stderr=subprocess.PIPE,
+        )
+    try:
+        for _round in range(8):
+            host.grow(9)
+            host.run()
+        last = str(Spool(host.spool).head.sequence).encode()
+        assert reader.stderr is not None
+        assert last in iter(lambda: reader.stderr.readline().strip(), b""), "it ended before the last shard"
+    finally:
+        reader.kill()
+        reader.wait()
+    assert (tmp_path / "out").read_bytes() == host.truth()
+
+
+def test_the_shell_reader_goes_on_from_a_number_and_names_what_is_missing(tmp_path):
+    host = Host(tmp_path, count=20)
+    host.run()
+
+    def read(*words: str) -> subprocess.CompletedProcess[bytes]:
+        env = {"IMA_SNAPSHOT_CONFIG": host.conf, "PATH": os.environ["PATH"]}
+        return subprocess.run([str(READER), *words], env=env, capture_output=True)
+
+    assert (read().stdout, read().stderr) == (host.truth(), b"3\n")
+    spool = Spool(host.spool)
+    assert read("2").stdout == b"".join(spool.raw_from(14))
+    assert (read("3").stdout, read("3").stderr) == (b"", b"")
+    spool.prune(spool.entries[0], "test", utc_now())
+    assert (read().returncode, read().stdout, b"shard 1 was pruned" in read().stderr) == (1, b"", True)
+    assert read("1").returncode == 0
+    os.unlink(Spool(host.spool).manifest_path(spool.entries[1]))
+    assert b"between the shards 1 and 3 something is missing" in read("1").stderr

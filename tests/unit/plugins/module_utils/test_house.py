@@ -16,7 +16,7 @@ PREFIX = "ansible_collections.integrity.ima.plugins."
 ORDER = tuple(
     """
     _errors _schema _durable _encryption _securityfs _measurement_list _pcr _saved_list _emulated _protocol _shard
-    _spool _tpm _upload _snapshot _host _status _store._objects _store._base _store._directory _store._spool
+    _spool _stitched _tpm _upload _snapshot _host _status _store._objects _store._base _store._directory _store._spool
     _store._sftp _store._s3_client _store._s3 _store._open _store._prepare _verifier _fleet _rotation _retention
     _stitch _module _command
     """.split()

@@ -59,7 +59,7 @@ def test_it_holds_what_the_command_imports_and_nothing_of_ansible_or_of_the_cont
     names = zipfile.ZipFile(io.BytesIO(_zipapp.build(sys.executable, CONFIG))).namelist()
     assert names == sorted(names)
     library = [Path(name).name for name in names if "module_utils/" in name]
-    assert {"_command.py", "_snapshot.py", "_verifier.py"} <= set(library)
+    assert {"_command.py", "_snapshot.py", "_stitched.py", "_verifier.py"} <= set(library)
     assert not {"_s3.py", "_sftp.py", "_rotation.py", "_fleet.py"} & set(library)
     for name, source in _zipapp.contents(CONFIG).items():
         tree = ast.parse(source)
