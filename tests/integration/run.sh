@@ -215,6 +215,53 @@ if ! command -v evmctl > /dev/null; then
 fi
 play -i "$work/inventory" "$here/playbooks/stitch.yml" -e "evmctl=$(command -v evmctl || true)"
 
+# A fleet of its own: hosts/<name> has config, spool and kernel.
+cat > "$work/role.json" << JSON
+{"base": "$work/role/{{ inventory_hostname }}", "store": "$work/role-store", "ima_snapshot_store": "$work/role-store",
+ "ima_snapshot_target": "fleet", "ima_snapshot_config": "{{ base }}/snapshot.conf", "ima_snapshot_spool": "{{ base }}/spool",
+ "ima_snapshot_source": "emulated", "ima_snapshot_directory": "{{ base }}/kernel", "ima_snapshot_shard_records": 100}
+JSON
+mkdir -m 0755 "$work/role" "$work/role-store"
+role() { # the kernels record, then a playbook, then a look at the newest fleet document, in one run
+    local expect=$1 playbook=$2
+    shift 2
+    play -i "$work/inventory" -e "@$work/role.json" -e "{\"expect\": $expect}" "$@" \
+        "$here/playbooks/grow.yml" "$playbook" "$here/playbooks/role.yml"
+}
+tree() { # as root: config, spool and kernel of every host, and the store
+    local sudo=()
+    if [ "$become" = true ] && [ "$(id -u)" != 0 ]; then sudo=(sudo); fi
+    "${sudo[@]}" "$here/tree.sh" "$work/role" "$work/role-store"
+}
+section 'the role: strategies, batches, a limit, tags'
+play -i "$work/inventory" -e "@$work/role.json" "$here/playbooks/install.yml"
+role '{"documents": 1, "present": ["delete", "export", "stage"], "missing": []}' integrity.ima.rotate \
+    -e ima_snapshot_strategy=free --tags ima_snapshot_rotate,untagged
+role '{"documents": 2, "present": ["delete", "export", "stage"], "missing": []}' integrity.ima.rotate \
+    -e ima_snapshot_strategy=host_pinned -e ima_snapshot_serial=2
+role '{"documents": 3, "present": ["stage"], "missing": []}' integrity.ima.rotate --limit stage,localhost
+
+section 'the role: check mode with diff'
+before=$(tree)
+play -i "$work/inventory" -e "@$work/role.json" --check --diff -e ima_snapshot_trim_after=never "$here/playbooks/main.yml"
+if [ "$before" != "$(tree)" ]; then echo 'error: check mode has written' >&2 && exit 1; fi
+
+section 'the role: only install, by its tag'
+play -i "$work/inventory" -e "@$work/role.json" --tags ima_snapshot_install -e ima_snapshot_trim_after=never "$here/playbooks/main.yml"
+if [ "$(grep -l '^trim_after = never$' "$work"/role/*/snapshot.conf | wc -l)" != 3 ]; then echo 'error: the tag did not install' >&2 && exit 1; fi
+if [ "$(find "$work/role-store/fleet" -name '*.json' | wc -l)" != 3 ]; then echo 'error: the tag rotated' >&2 && exit 1; fi
+
+section 'the role: one host fails, any_errors_fatal'
+if role '{}' "$here/playbooks/main.yml" -e victim=delete > "$work/fatal" 2>&1; then
+    echo 'error: a foreign trim did not fail the play' >&2 && exit 1
+fi
+grep -q 'somebody else trimmed' "$work/fatal" || { cat "$work/fatal" && exit 1; }
+play -i "$work/inventory" -e "@$work/role.json" -e '{"expect": {"documents": 4, "present": ["export", "stage"], "missing": ["delete"]}}' \
+    "$here/playbooks/role.yml"
+
+section 'the role: remove leaves evidence, unless told twice'
+play -i "$work/inventory" -e "@$work/role.json" --limit 'stage,export,localhost' "$here/playbooks/remove.yml"
+
 section 'each module: check, check with diff, run, run again'
 play -i localhost, -c local "$here/playbooks/modules.yml" -e "work=$work captures=$captures ansible_python_interpreter=$managed"
 
