@@ -8,6 +8,7 @@
 # make test-crash    killed, failed, cut off and raced everywhere; LONG=1 takes every call and 200,000 steps (half an hour)
 # make test-mutation each small change of the cycle, the spool and the verifier against the unit tests; goes on where it stopped (2 hours)
 # make test-stores   the stores with a real S3 server and a real sshd
+# make molecule      the scenarios of extensions/molecule on hosts of their own, as root; MOLECULE="default faults" narrows it
 # make units-oldest  the unit tests of modules and module_utils on the oldest target Python that this machine has
 #                    SANITY="--test validate-modules" and UNITS="tests/unit/plugins/module_utils/test_x.py" narrow them
 # make artefact-test the built artefact in an empty environment, then docs/tutorial.md as it is written
@@ -48,7 +49,7 @@ unexport ANSIBLE_CONFIG PYTHONPATH ANSIBLE_COLLECTIONS_PATH ANSIBLE_ROLES_PATH
 
 title = @printf '\n========== %s ==========\n' "$(1)"
 
-.PHONY: help demo test lint sanity units integration units-oldest stage collection clean test-crash test-stores test-mutation
+.PHONY: help demo test lint sanity units integration units-oldest stage collection clean test-crash test-stores test-mutation molecule
 
 help:
 	@sed -n 's/^# \(make .*\|  .*\)/\1/p' Makefile
@@ -167,6 +168,19 @@ $(GALAXY_STAMP): requirements/galaxy.txt tests/tools/venv.sh
 gates: $(GATES_STAMP) $(GALAXY_STAMP) collection
 	$(call title,gates: tests/tools/gates.sh)
 	@tests/tools/gates.sh $(GATES_VENV) $(GALAXY_VENV) $(STAGE) $(INSTALLED) $(BUILD)/artifact/*.tar.gz $(BUILD) $(GATES)
+
+# Molecule has an environment of its own.
+MOLECULE ?=
+MOLECULE_VENV := $(abspath $(BUILD))/molecule-venv
+MOLECULE_STAMP := $(MOLECULE_VENV)/.installed-$(PYVER)
+
+$(MOLECULE_STAMP): requirements/molecule.txt requirements/demo.txt tests/tools/venv.sh
+	@tests/tools/venv.sh "$(PYTHON)" $(MOLECULE_VENV) requirements/molecule.txt
+	@touch $@
+
+molecule: $(MOLECULE_STAMP) stage
+	$(call title,molecule: extensions/molecule)
+	@PATH="$(MOLECULE_VENV)/bin:$$PATH" MOLECULE_LOGS=$(abspath $(BUILD))/molecule nice -n 10 $(STAGE)/extensions/molecule/run.sh $(MOLECULE)
 
 clean:
 	rm -rf $(VENV) $(BUILD) .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis .nox tests/output
