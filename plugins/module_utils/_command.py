@@ -49,7 +49,7 @@ def main(argv: t.Sequence[str] | None = None, config: str = CONFIG) -> int:
         return FAILED
     except (ImaError, OSError) as error:
         failure = failure_of(error)
-        print(f"ima-snapshot: {failure['msg']} ({failure['reason']})", file=sys.stderr)
+        sys.stderr.write(f"ima-snapshot: {failure['msg']} ({failure['reason']})\n")
         lost = isinstance(error, HistoryError) and error.reason == "foreign_trim"
         return BLOCKED if lost and args.act is _export else FAILED
 
@@ -79,19 +79,23 @@ def _parser(config: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _say(line: str) -> None:
+    sys.stdout.write(printable(line) + "\n")
+
+
 # -- export -------------------------------------------------------------------------------------------------
 
 
 def _export(config: Config, args: argparse.Namespace) -> int:
     if args.due and not due(config):
-        print("nothing is due")
+        _say("nothing is due")
         return DONE
     done = save(config)
     what = f"{_counted(done['records'], 'record')} in {_counted(done['shards'], 'shard')}"
     text = f"exported {what}, deleted {done['trimmed']}, the cut is {done['cut']}"
     if done["fault"]:
         text += f"; nothing is deleted in this boot: {done['fault']['reason']} at index {done['fault']['index']}"
-    print(printable("; ".join([text, *done["notes"]])))
+    _say("; ".join([text, *done["notes"]]))
     return DONE
 
 
@@ -105,14 +109,14 @@ def _counted(number: int, what: str) -> str:
 def _status(config: Config, args: argparse.Namespace) -> int:
     found = status(config)
     if args.json:
-        print(canonical(found).decode("ascii"))
+        _say(canonical(found).decode("ascii"))
         return DONE
     held = ", ".join(f"{holder['command']} (pid {holder['pid']})" for holder in found["holders"])
     shown = dict(found, holders=held or "nobody", due="yes" if found["due"] else "no")
     fault = found["fault"]
     shown["fault"] = f"{fault['reason']}: {fault['message']}" if fault else "none"
     for key in sorted(set(shown) - {"version"}):
-        print(printable(f"{key}: {'not known' if shown[key] is None else shown[key]}"))
+        _say(f"{key}: {'not known' if shown[key] is None else shown[key]}")
     return DONE
 
 
@@ -194,12 +198,12 @@ def _verify(config: Config, _args: argparse.Namespace) -> int:
             except (HistoryError, SpoolError, Broken) as fault:
                 verdict.broken(fault)
     for warning in verdict.warnings:
-        print(printable(f"note: {warning}"))
+        _say(f"note: {warning}")
     if verdict.verdict == BROKEN:
         where = "" if verdict.index is None else f" at index {verdict.index}"
-        print(printable(f"broken: {verdict.reason}{where}: {verdict.message}"))
+        _say(f"broken: {verdict.reason}{where}: {verdict.message}")
         return FAILED
-    print(f"consistent: {_counted(verdict.records, 'record')} in {_counted(verdict.shards, 'shard')}; {said}")
+    _say(f"consistent: {_counted(verdict.records, 'record')} in {_counted(verdict.shards, 'shard')}; {said}")
     return DONE
 
 

@@ -31,7 +31,9 @@ def python(version: str) -> str:
     root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     names = [shutil.which(f"python{version}"), *sorted(root.glob(f"versions/{version}.*/bin/python"))]
     for name in filter(None, names):
-        told = subprocess.run([name, "-c", "import sys, zlib; print(sys.executable)"], capture_output=True, text=True)
+        told = subprocess.run(
+            [name, "-c", "import sys, zlib; print(sys.executable)"], capture_output=True, text=True, check=False
+        )
         if told.returncode == 0:
             return told.stdout.strip()
     return pytest.skip(f"there is no Python {version} on this machine")
@@ -45,7 +47,7 @@ def installed(directory: Path, interpreter: str) -> str:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(words, capture_output=True, env={"PYTHONPATH": "/nowhere"}, cwd="/")
+    return subprocess.run(words, capture_output=True, env={"PYTHONPATH": "/nowhere"}, cwd="/", check=False)
 
 
 def test_built_twice_the_bytes_are_equal(monkeypatch):
@@ -120,7 +122,11 @@ def test_the_environment_and_the_working_directory_have_no_say(tmp_path):
     for name in ("ansible_collections/__init__.py", "argparse.py", "sitecustomize.py"):
         (evil / name).write_text("raise SystemExit(99)\n")
     ran = subprocess.run(
-        [command, "--config", host.conf, "export"], cwd=evil, env={"PYTHONPATH": str(evil)}, capture_output=True
+        [command, "--config", host.conf, "export"],
+        cwd=evil,
+        env={"PYTHONPATH": str(evil)},
+        capture_output=True,
+        check=False,
     )
     assert (ran.returncode, ran.stderr) == (0, b"")
     assert _emulated.recorded(host.kernel)
