@@ -80,9 +80,17 @@ start_systemd() { # NAME NAMESPACE HOST ADDRESS
         layer "$ROOT" "$host"
         echo 'mount -t proc proc /proc'
         keys "$root"
-        # nspawn boots it again when it reboots; the layer stays
-        printf 'exec systemd-nspawn --register=no --keep-unit --quiet --directory="%s" --machine=%s --hostname=%s %s --console=pipe --boot\n' \
-            "$root" "$name" "$name" "--network-namespace-path=/run/netns/$namespace"
+        # what nspawn keeps for itself, out of the machine's sight
+        printf 'mkdir -p /run/systemd/nspawn\nmount -t tmpfs tmpfs /run/systemd/nspawn\n'
+        # 133: it reboots; the layer stays
+        cat << LINES
+status=133
+while [ "\$status" = 133 ]; do
+    status=0
+    systemd-nspawn --register=no --keep-unit --quiet --directory="$root" --machine=$name --hostname=$name \\
+        --network-namespace-path=/run/netns/$namespace --console=pipe --boot || status=\$?
+done
+LINES
     } > "$host/start"
     mkdir -p "$host/upper/etc/ssh"
     sshd_config "$4" > "$host/upper/etc/ssh/sshd_config"
