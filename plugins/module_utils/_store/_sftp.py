@@ -45,7 +45,7 @@ TIMEOUT = 60  # seconds without an answer
 _FSYNC = "fsync@openssh.com"
 _STATVFS = "statvfs@openssh.com"
 _PIECE = 32768  # bytes of one request
-_REQUESTS = 32  # unanswered at once while reading
+_REQUESTS = 8  # unanswered at once while reading
 _ABANDONED = 86400  # seconds after which a temporary file belongs to nobody who lives
 
 
