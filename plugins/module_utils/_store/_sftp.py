@@ -44,8 +44,8 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._objects impo
 TIMEOUT = 60  # seconds without an answer
 _FSYNC = "fsync@openssh.com"
 _STATVFS = "statvfs@openssh.com"
-_PIECE = 32768  # bytes of one request
-_REQUESTS = 8  # unanswered at once while reading
+_PIECE = 32768  # bytes of one request that writes
+_READ = 1 << 17  # bytes of one that reads: OpenSSH answers with up to 255 KiB, others with less
 _ABANDONED = 86400  # seconds after which a temporary file belongs to nobody who lives
 
 
@@ -257,8 +257,10 @@ class SftpObjects(Objects):
                 code = errno.ENOENT if size is None else errno.EINVAL
                 raise FileNotFoundError(code, os.strerror(code)) if size is None else OSError(code, "it is no file")
             file = self._connection().open(self._path(name), "rb")
-        read = _Pieces(file, size).read
-        return t.cast(t.BinaryIO, io.BufferedReader(Source(read, file.close, lambda: self._asking("read a file"))))
+        read = _Bounded(file, size).read
+        return t.cast(
+            t.BinaryIO, io.BufferedReader(Source(read, file.close, lambda: self._asking("read a file")), _READ)
+        )
 
     def confirms(self, name: str, size: int, sha256: str) -> bool:
         """See :class:`Objects`: by reading it."""
@@ -377,23 +379,17 @@ class SftpObjects(Objects):
         self._sync_directory(directory)
 
 
-class _Pieces:
-    """A file read with a few requests under way: of a whole one paramiko's ``prefetch`` keeps all that has come."""
+class _Bounded:
+    """The first ``size`` bytes of a file, piece by piece: what paramiko reads ahead stays in memory."""
 
     def __init__(self, file: t.Any, size: int) -> None:
-        self._rest, self._pieces = b"", self._ask(file, size)
-
-    @staticmethod
-    def _ask(file: t.Any, size: int) -> t.Iterator[bytes]:
-        window = _REQUESTS * _PIECE
-        for start in range(0, size, window):
-            end = min(size, start + window)
-            yield from file.readv([(at, min(_PIECE, end - at)) for at in range(start, end, _PIECE)])
+        file.MAX_REQUEST_SIZE = _READ
+        self._file, self._left = file, size
 
     def read(self, size: int) -> bytes:
         """Return up to ``size`` bytes; none at the end of the file."""
-        self._rest = self._rest or next(self._pieces, b"")
-        data, self._rest = self._rest[:size], self._rest[size:]
+        data: bytes = self._file.read(min(size, _READ, self._left))
+        self._left -= len(data)
         return data
 
 
