@@ -201,33 +201,43 @@ async def _answer(process: asyncio.subprocess.Process, reader: asyncio.StreamRea
     return await process.wait(), data
 
 
+def _require(true: object) -> None:
+    """Raise ``ValueError`` unless it holds."""
+    if not true:
+        raise ValueError
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
 def checked(data: bytes) -> Status:
     """Return the members of an answer that events need, each checked; whatever else a host sends is left out."""
     try:
         document = json.loads(data.decode("ascii"))
-        assert isinstance(document, dict) and document["version"] == 1
+        _require(isinstance(document, dict) and document["version"] == 1)
         numbers = {key: document[key] for key in _NUMBERS}
         for value in numbers.values():
-            assert value is None or (type(value) is int and 0 <= value <= _MOST)
-        assert type(document["due"]) is bool and type(document["emulated"]) is bool
+            _require(value is None or _counts(value))
+        _require(isinstance(document["due"], bool) and isinstance(document["emulated"], bool))
         texts = {key: _text(document[key], 253) for key in ("name", "boot_id", "flavour")}
         fault = document["fault"]
         if fault is not None:
-            assert isinstance(fault["reason"], str) and _WORD.match(fault["reason"])
-            assert fault["index"] is None or (type(fault["index"]) is int and 0 <= fault["index"] <= _MOST)
+            _require(isinstance(fault["reason"], str) and _WORD.match(fault["reason"]))
+            _require(fault["index"] is None or _counts(fault["index"]))
             fault = {
                 "reason": fault["reason"],
                 "index": fault["index"],
                 "boot_id": None if fault["boot_id"] is None else _text(fault["boot_id"], 64),
                 "message": _text(fault["message"], 2000),
             }
-    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Unanswered("the answer is not that of ima-snapshot status --json") from None
     return dict(numbers, **texts, fault=fault, due=document["due"], emulated=document["emulated"])
 
 
 def _text(value: t.Any, longest: int) -> str:
-    assert isinstance(value, str) and len(value) <= longest
+    _require(isinstance(value, str) and len(value) <= longest)
     return "".join(char if char.isprintable() else "?" for char in value)
 
 
