@@ -30,12 +30,13 @@ KINDS = ("directory", "sftp", "s3")
 _NUMBERS = itertools.count(1)
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 _TRUST = ("SSL_CERT_FILE", "SSL_CERT_DIR", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "AWS_PROFILE", "AWS_SESSION_TOKEN")
+_PLACE = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Credentials from the environment, deliveries in progress below the test's directory, no waiting between tries."""
-    for name in (*_PROXIES, *map(str.upper, _PROXIES), *_TRUST):
+    for name in (*_PROXIES, *map(str.upper, _PROXIES), *_TRUST, *_PLACE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ADMIN[0])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", ADMIN[1])

@@ -185,6 +185,13 @@ def test_refusals_have_names(serve: t.Callable[..., Server], answer: t.Any, reas
     assert f"it answered {answer[0]}" in str(error)
 
 
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"])
+def test_the_endpoint_of_the_aws_tools(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "https://s3.example.org")
+    assert S3Client("s3://x", "bucket", {}).url("key", {}) == "https://s3.example.org/bucket/key"
+    assert S3Client("s3://x", "bucket", {"endpoint": "http://own"}).url("key", {}) == "http://own/bucket/key"
+
+
 def test_without_credentials_nothing_is_asked(serve: t.Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

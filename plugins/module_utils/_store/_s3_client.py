@@ -92,7 +92,7 @@ class S3Client:
         try:
             session = botocore.session.Session(profile=options.get("profile"))
             self.region = options.get("region") or session.get_config_variable("region") or "us-east-1"
-            self._base = _base(bucket, options.get("endpoint"), self.region)
+            self._base = _base(bucket, options.get("endpoint") or _configured(session), self.region)
             self._credentials = session.get_credentials()
             self._http = botocore.httpsession.URLLib3Session(
                 verify=session.get_config_variable("ca_bundle") or True,
@@ -248,6 +248,16 @@ class Answer:
     def code(self) -> str:
         """Return the word with which S3 names an error, else an empty one."""
         return self.text("Code")
+
+
+def _configured(session: t.Any) -> str | None:
+    """Return the endpoint that the AWS tools would take (``AWS_ENDPOINT_URL_S3`` and its like)."""
+    from botocore.configprovider import ConfiguredEndpointProvider
+
+    provider = ConfiguredEndpointProvider(
+        full_config=session.full_config, scoped_config=session.get_scoped_config(), client_name="s3"
+    )
+    return t.cast("str | None", provider.provide())
 
 
 def _base(bucket: str, endpoint: str | None, region: str) -> str:
