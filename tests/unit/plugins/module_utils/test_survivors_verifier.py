@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
+import time
 import typing as t
 from pathlib import Path
 
@@ -92,11 +93,13 @@ def rewrite(store: DirectoryStore, sealed: support.Sealed, **members: t.Any) -> 
 # -- the result --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_known_is_empty(store: DirectoryStore) -> None:
+def test_what_is_not_known_is_empty(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = judged(store)
     assert (verdict.verdict, verdict.reason, verdict.message, verdict.sound) == ("consistent", "", "", True)
     assert (verdict.index, verdict.sequence, verdict.attested_to) == (None, None, None)
     assert (verdict.shards, verdict.records, verdict.boots, verdict.quotes, verdict.expired) == (5, 35, 2, 0, 0)
+    now = time.time() + 3600
+    monkeypatch.setattr(time, "time", lambda: now)
     assert judged(store, max_age=1).reason == "stale"
     assert dataclasses.asdict(verify(store, "nobody", ())) == {
         "verdict": "broken", "reason": "no_shard", "message": "The store has no shard of nobody", "boot_id": "",
