@@ -80,6 +80,15 @@ start_systemd() { # NAME NAMESPACE HOST ADDRESS
         layer "$ROOT" "$host"
         echo 'mount -t proc proc /proc'
         keys "$root"
+        # a systemd takes the control group it is in for its own
+        cat << LINES
+for hierarchy in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
+    if [ -e "\$hierarchy/cgroup.procs" ]; then
+        mkdir -p "\$hierarchy/$namespace"
+        echo \$\$ > "\$hierarchy/$namespace/cgroup.procs"
+    fi
+done
+LINES
         # what nspawn keeps for itself, out of the machine's sight
         printf 'mkdir -p /run/systemd/nspawn\nmount -t tmpfs tmpfs /run/systemd/nspawn\n'
         # 133: it reboots; the layer stays
@@ -136,6 +145,11 @@ down() {
     local file namespace
     for file in "$memory"/*/pid; do
         if [ -e "$file" ]; then kill -KILL -- "-$(cat "$file")" 2> /dev/null || true; fi
+    done
+    for _try in $(seq 50); do # they are empty once the processes are gone
+        find /sys/fs/cgroup -depth -type d -path "*/$network-*" -exec rmdir {} + 2> /dev/null || true
+        if [ -z "$(find /sys/fs/cgroup -type d -path "*/$network-*" -print -quit)" ]; then break; fi
+        sleep 0.1
     done
     for namespace in $(ip netns list | awk -v network="$network" '$1 == network || index($1, network "-") == 1 { print $1 }'); do
         ip netns delete "$namespace"
