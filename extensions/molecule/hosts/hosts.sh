@@ -36,6 +36,7 @@ chmod 0600 "$1/etc/ssh/molecule/host_key"
 LINES
 }
 
+# An empty home: the profile that root has on this machine is no part of a host.
 sshd_config() { # ADDRESS
     cat << LINES
 ListenAddress $1:22
@@ -45,6 +46,7 @@ StrictModes no
 UsePAM no
 PasswordAuthentication no
 PermitRootLogin prohibit-password
+SetEnv HOME=/molecule
 Subsystem sftp internal-sftp
 LINES
 }
@@ -126,7 +128,7 @@ up() { # KIND NAME=ADDRESS...
     ip -n "$network" link set bridge up
     for each in "$@"; do
         name=${each%%=*} number=$((number + 1)) host=$memory/${each%%=*}
-        mkdir -p "$host/upper" "$host/work" "$host/root"
+        mkdir -p "$host/upper/molecule" "$host/work" "$host/root"
         wire "$network-$number" "${each#*=}" "$number"
         "start_$kind" "$name" "$network-$number" "$host" "${each#*=}"
     done
