@@ -8,44 +8,27 @@ from __future__ import annotations
 
 import os
 import tempfile
-import typing as t
 
-from ansible.plugins.action import ActionBase
-
+from ansible_collections.integrity.ima.plugins.plugin_utils._host_action import HostAction, Result
 from ansible_collections.integrity.ima.plugins.plugin_utils._zipapp import build, fits
 
-Result = t.Dict[str, t.Any]
 
-
-class ActionModule(ActionBase):
+class ActionModule(HostAction):
     """The action plugin of ``integrity.ima.ima_command``."""
 
-    _supports_check_mode = True
-    _supports_async = False
-    _requires_connection = True
+    MODULE = "ima_command"
+    OPTIONS = {
+        "path": {"type": "path", "default": "/usr/local/sbin/ima-snapshot"},
+        "interpreter": {"type": "str"},
+        "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    }
 
-    def run(self, tmp: t.Any = None, task_vars: Result | None = None) -> Result:
+    def act(self, args: Result) -> Result:
         """Install it, or remove it."""
-        super().run(tmp, task_vars)
-        self._variables = task_vars or {}
-        options = {
-            "config": {"type": "path", "default": "/etc/ima/snapshot.conf"},
-            "path": {"type": "path", "default": "/usr/local/sbin/ima-snapshot"},
-            "interpreter": {"type": "str"},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        }
-        _validated, args = t.cast(t.Any, self).validate_argument_spec(argument_spec=options)
-        try:
-            return self._install(args) if args["state"] == "present" else self._remove(args["path"])
-        finally:
-            t.cast(t.Any, self)._remove_tmp_path(self._connection._shell.tmpdir)
-
-    def _ask(self, module: str, **args: t.Any) -> Result:
-        answer: Result = self._execute_module(module_name=module, module_args=args, task_vars=self._variables)
-        return answer
+        return self._install(args) if args["state"] == "present" else self._remove(args["path"])
 
     def _install(self, args: Result) -> Result:
-        answer = self._ask("integrity.ima.ima_command", **args)
+        answer = self.ask(args)
         if answer.get("failed") or answer.get("unreachable"):
             return answer
         interpreter = answer.get("interpreter")
@@ -78,10 +61,11 @@ class ActionModule(ActionBase):
         return {key: value for key, value in result.items() if key in kept}
 
     def _remove(self, path: str) -> Result:
-        found = self._ask("ansible.builtin.stat", path=path, follow=False, get_checksum=False, get_mime=False)
+        wanted = {"path": path, "follow": False, "get_checksum": False, "get_mime": False}
+        found = self.ask(wanted, "ansible.builtin.stat")
         if found.get("failed") or found.get("unreachable"):
             return found
         if found["stat"].get("isdir"):
             return {"failed": True, "reason": "directory", "msg": f"{path} is a directory: nothing was removed"}
-        result = self._ask("ansible.builtin.file", path=path, state="absent")
+        result = self.ask({"path": path, "state": "absent"}, "ansible.builtin.file")
         return dict(result, path=path, state="absent")

@@ -12,10 +12,10 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaEr
 from ansible_collections.integrity.ima.plugins.module_utils._module import failure_of
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import record_identity
 from ansible_collections.integrity.ima.plugins.module_utils._store._open import open_store
-from ansible_collections.integrity.ima.plugins.plugin_utils._host_action import HostAction
+from ansible_collections.integrity.ima.plugins.plugin_utils._host_action import StoreAction
 
 
-class ActionModule(HostAction):
+class ActionModule(StoreAction):
     """The action plugin of ``integrity.ima.ima_enroll``."""
 
     MODULE = "ima_enroll"

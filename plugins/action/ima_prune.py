@@ -13,10 +13,10 @@ from ansible_collections.integrity.ima.plugins.module_utils._module import failu
 from ansible_collections.integrity.ima.plugins.module_utils._retention import prune
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostUnreachable
 from ansible_collections.integrity.ima.plugins.module_utils._store._open import open_store
-from ansible_collections.integrity.ima.plugins.plugin_utils._host_action import HostAction
+from ansible_collections.integrity.ima.plugins.plugin_utils._host_action import StoreAction
 
 
-class ActionModule(HostAction):
+class ActionModule(StoreAction):
     """The action plugin of ``integrity.ima.ima_prune``."""
 
     MODULE = "ima_prune"

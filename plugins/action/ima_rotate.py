@@ -13,10 +13,10 @@ from ansible_collections.integrity.ima.plugins.module_utils._fleet import missin
 from ansible_collections.integrity.ima.plugins.module_utils._module import failure_of
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostFailed, HostUnreachable, Rotation
 from ansible_collections.integrity.ima.plugins.module_utils._store._open import open_store
-from ansible_collections.integrity.ima.plugins.plugin_utils._host_action import HostAction
+from ansible_collections.integrity.ima.plugins.plugin_utils._host_action import StoreAction
 
 
-class ActionModule(HostAction):
+class ActionModule(StoreAction):
     """The action plugin of ``integrity.ima.ima_rotate``."""
 
     MODULE = "ima_rotate"

@@ -172,6 +172,10 @@ def _ref(name: str) -> dict[str, Json]:
     return {"$ref": f"#/$defs/{name}"}
 
 
+def _or_null(schema: dict[str, Json]) -> dict[str, Json]:
+    return {"anyOf": [{"type": "null"}, schema]}
+
+
 def _hex(digits: int) -> dict[str, Json]:
     return {"type": "string", "pattern": f"^[0-9a-f]{{{digits}}}$", "maxLength": digits}
 
@@ -244,12 +248,12 @@ MANIFEST = _document(
             "machine_id": _ref("machine_id"),
             "name": _ref("name"),
             "boot_id": _ref("boot_id"),
-            "reset_count": {"anyOf": [{"type": "null"}, _ref("index")]},
+            "reset_count": _or_null(_ref("index")),
             "release": _ref("release"),
             "flavour": _ref("flavour"),
             "emulated": {"type": "boolean"},
             "sequence": _ref("sequence"),
-            "previous": {"anyOf": [{"type": "null"}, _ref("sha256")]},
+            "previous": _or_null(_ref("sha256")),
             "first": _ref("index"),
             "count": {"type": "integer", "minimum": 1, "maximum": 1 << 40},
             "byte_order": {"enum": ["big", "little"]},
@@ -261,12 +265,7 @@ MANIFEST = _document(
             "pcrs_end": _ref("pcrs"),
             "padded": {"type": "array", "maxItems": 3, "items": {"enum": ["sha256", "sha384", "sha512"]}},
             "violations": _ref("index"),
-            "observed": {
-                "anyOf": [
-                    {"type": "null"},
-                    _object({"pcrs": _ref("pcrs"), "index": {"anyOf": [{"type": "null"}, _ref("index")]}}),
-                ]
-            },
+            "observed": _or_null(_object({"pcrs": _ref("pcrs"), "index": _or_null(_ref("index"))})),
             "anchors": {
                 "type": "array",
                 "maxItems": 100,
@@ -304,15 +303,10 @@ JOURNAL = _document(
     _object(
         {
             "version": {"const": 1},
-            "boot_id": {"anyOf": [{"type": "null"}, _ref("boot_id")]},
+            "boot_id": _or_null(_ref("boot_id")),
             "base": _ref("index"),
-            "trim": {
-                "anyOf": [
-                    {"type": "null"},
-                    _object({"base": _ref("index"), "target": _ref("index"), "manifest": _ref("sha256")}),
-                ]
-            },
-            "seal": {"anyOf": [{"type": "null"}, {"type": "object"}]},
+            "trim": _or_null(_object({"base": _ref("index"), "target": _ref("index"), "manifest": _ref("sha256")})),
+            "seal": _or_null({"type": "object"}),
             "faults": {"type": "array", "maxItems": 16, "items": _ref("fault")},
         },
         # On a kernel with staging: the index of the first record of the live list, or less.
@@ -361,7 +355,7 @@ STITCHED = _document(
     ),
 )
 
-_OR_UNKNOWN = {"anyOf": [{"type": "null"}, _ref("index")]}
+_OR_UNKNOWN = _or_null(_ref("index"))
 
 STATUS = _document(
     "How far the shards of a host are behind its kernel: what ima-snapshot status --json says",
@@ -387,19 +381,16 @@ STATUS = _document(
                 "maxItems": 16,
                 "items": _object({"pid": _ref("index"), "command": {"type": "string", "maxLength": 256}}),
             },
-            "fault": {
-                "anyOf": [
-                    {"type": "null"},
-                    _object(
-                        {
-                            "reason": _ref("word"),
-                            "message": _ref("text"),
-                            "index": _OR_UNKNOWN,
-                            "boot_id": {"anyOf": [{"type": "null"}, _ref("boot_id")]},
-                        }
-                    ),
-                ]
-            },
+            "fault": _or_null(
+                _object(
+                    {
+                        "reason": _ref("word"),
+                        "message": _ref("text"),
+                        "index": _OR_UNKNOWN,
+                        "boot_id": _or_null(_ref("boot_id")),
+                    }
+                )
+            ),
         }
     ),
 )
@@ -507,19 +498,16 @@ ANSWER = _object(
                 }
             ),
         },
-        "fault": {"anyOf": [{"type": "null"}, _ref("fault")]},
-        "quote": {"anyOf": [{"type": "null"}, {"type": "string", "maxLength": 1 << 16}]},
+        "fault": _or_null(_ref("fault")),
+        "quote": _or_null({"type": "string", "maxLength": 1 << 16}),
         "warnings_said": {"type": "array", "maxItems": 16, "items": _ref("text")},
         "flavour": _ref("flavour"),
         "trim_after": {"enum": ["local", "central", "verified", "never"]},
         "position": _object({"before": _POSITION, "after": _POSITION}),
         "uploaded": {"type": "integer", "minimum": 0, "maximum": 99999999},
-        "upload_fault": {
-            "anyOf": [
-                {"type": "null"},
-                _object({"sequence": _ref("sequence"), "reason": _ref("word"), "message": _ref("text")}),
-            ]
-        },
+        "upload_fault": _or_null(
+            _object({"sequence": _ref("sequence"), "reason": _ref("word"), "message": _ref("text")})
+        ),
     }
 )
 

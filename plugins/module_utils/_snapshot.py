@@ -214,10 +214,8 @@ class Cycle:
         journal = self.spool.journal()
         hints = [journal["base"]] + ([journal["trim"]["target"]] if journal["trim"] else [])
         known = {entry.boot_id for entry in self.spool.epoch} | {self.boot_id}
-        hints, held = (
-            [hint if journal["boot_id"] in known else 0 for hint in hints if hint <= end],
-            self.spool.held_from,
-        )
+        hints = [hint if journal["boot_id"] in known else 0 for hint in hints if hint <= end]
+        held = self.spool.held_from
         return [hint for hint in dict.fromkeys(hints) if hint >= held]
 
     def _runs(self, view: _Buffered, base: int, end: int) -> bool:

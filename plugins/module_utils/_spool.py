@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import itertools
 import os
 import re
 import typing as t
@@ -93,7 +94,7 @@ class Spool:
                 hint="make it with the role's install tasks; if it was there before, find out who removed it first",
             )
         require_local(self.directory)
-        found = self._small(os.path.join(self.directory, "format.json"))
+        found = self.small("format.json")
         if found == FORMAT:
             return True
         if found is None:
@@ -183,20 +184,21 @@ class Spool:
             found.setdefault(entry, set()).add(suffix)
         return sorted(entry for entry, suffixes in found.items() if suffixes == {SHARD_SUFFIX})
 
-    def _names(self) -> t.Iterator[tuple[Entry, str]]:
+    def _listed(self) -> t.Iterator[tuple[str, str]]:
+        """Yield boot id and name of whatever lies among the shards."""
         for directory in self._boot_directories():
             for name in os.listdir(directory):
-                parsed = parse_name(os.path.basename(directory), name)
-                if parsed:
-                    yield parsed
+                yield os.path.basename(directory), name
+
+    def _names(self) -> t.Iterator[tuple[Entry, str]]:
+        return filter(None, itertools.starmap(parse_name, self._listed()))
 
     def _plain(self) -> t.Iterator[Entry]:
-        for directory in self._boot_directories():
-            for name in os.listdir(directory):
-                stem = name[: -len(PLAIN_SUFFIX)] if name.endswith(PLAIN_SUFFIX) else ""
-                parsed = parse_name(os.path.basename(directory), stem + SHARD_SUFFIX)
-                if parsed:
-                    yield parsed[0]
+        plain = (
+            (boot_id, name[: -len(PLAIN_SUFFIX)]) for boot_id, name in self._listed() if name.endswith(PLAIN_SUFFIX)
+        )
+        parsed = (parse_name(boot_id, stem + SHARD_SUFFIX) for boot_id, stem in plain)
+        return (entry for entry, _suffix in filter(None, parsed))
 
     def _continues(self, manifest: Manifest) -> bool:
         head = self.head
@@ -265,7 +267,7 @@ class Spool:
 
     def pruned_of(self, entries: list[Entry]) -> int:
         """Return the sequence up to which files may be gone; 0 unless a statement about this very chain says so."""
-        data = self._small(os.path.join(self.directory, _PRUNED))
+        data = self.small(_PRUNED)
         try:
             said = parse(data, PRUNED, _PRUNED, SpoolError) if data else None
         except SpoolError:
@@ -321,7 +323,7 @@ class Spool:
     def path(self, entry: Entry) -> str:
         """Return the path of a shard's file. Raises :class:`SpoolError` ``pruned``: only the store has it."""
         path = os.path.join(self.shards, entry.shard)
-        if not os.path.exists(path) and entry.sequence <= self.pruned:
+        if not self.has(entry) and entry.sequence <= self.pruned:
             raise SpoolError(
                 f"Shard {entry.sequence} is needed, but was pruned from {self.directory}: a store had confirmed it",
                 reason="pruned",
@@ -429,14 +431,14 @@ class Spool:
 
     def files(self) -> int:
         """Return how many shards have their files here."""
-        return sum(os.path.exists(os.path.join(self.shards, entry.shard)) for entry in self.entries)
+        return sum(map(self.has, self.entries))
 
     def left_over(self) -> list[Entry]:
         """Return the shards whose files are here although a pruning stated that they go: it died, or somebody
         put them back.
         """
         pruned = self.pruned
-        return [e for e in self.entries if e.sequence <= pruned and os.path.exists(os.path.join(self.shards, e.shard))]
+        return [entry for entry in self.entries if entry.sequence <= pruned and self.has(entry)]
 
     def _remove(self, sequence: int) -> int:
         files = [os.path.join(self.shards, entry.shard) for entry in self.entries if entry.sequence <= sequence]
@@ -466,7 +468,7 @@ class Spool:
 
     def journal(self) -> dict[str, t.Any]:
         """Return the journal, or an empty one when there is none that can be read: it is a hint, never evidence."""
-        data = self._small(os.path.join(self.directory, "journal.json"))
+        data = self.small("journal.json")
         try:
             journal = parse(data, JOURNAL, "the journal", SpoolError) if data else dict(_EMPTY_JOURNAL)
             if journal["seal"] is not None:

@@ -4,7 +4,7 @@
 
 # This file is private to the collection: it may change without notice.
 
-"""What the actions share that speak for one host to a store: their options, and the rounds of their module."""
+"""What the actions share that run a module on their host: options that are checked first, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Result = t.Dict[str, t.Any]
 
 
 class HostAction(ActionBase):
-    """An action that runs its module on the host, once or in rounds, between the host and a store."""
+    """An action that runs its module on the host, once or in rounds."""
 
     _supports_check_mode = True
     _supports_async = False
     _requires_connection = True
     MODULE: str
     # The options that only this action has.
-    OPTIONS: dict[str, t.Any] = {}
+    OPTIONS: Result = {}
 
     @abc.abstractmethod
     def act(self, args: Result) -> Result:
@@ -34,20 +34,31 @@ class HostAction(ActionBase):
         """Check the options, act, and leave nothing on the host."""
         super().run(tmp, task_vars)
         self._variables = task_vars or {}
-        common = {
-            "config": {"type": "path", "default": "/etc/ima/snapshot.conf"},
-            "store": {"type": "str", "required": True},
-            "name": {"type": "str", "default": self._variables.get("inventory_hostname")},
-        }
-        _validated, args = t.cast(t.Any, self).validate_argument_spec(argument_spec=dict(common, **self.OPTIONS))
+        spec = dict(self.common(), **self.OPTIONS)
+        _validated, args = t.cast(t.Any, self).validate_argument_spec(argument_spec=spec)
         try:
             return self.act(args)
         finally:
             t.cast(t.Any, self)._remove_tmp_path(self._connection._shell.tmpdir)
 
-    def ask(self, args: Result) -> Result:
-        """Run the module on the host; return what came back, unchecked."""
-        answer: Result = self._execute_module(
-            module_name=f"integrity.ima.{self.MODULE}", module_args=args, task_vars=self._variables
-        )
+    def common(self) -> Result:
+        """Return the options that all actions of this kind have."""
+        return {"config": {"type": "path", "default": "/etc/ima/snapshot.conf"}}
+
+    def ask(self, args: Result, module: str = "") -> Result:
+        """Run the module, or another one, on the host; return what came back, unchecked."""
+        name = module or f"integrity.ima.{self.MODULE}"
+        answer: Result = self._execute_module(module_name=name, module_args=args, task_vars=self._variables)
         return answer
+
+
+class StoreAction(HostAction):
+    """An action that speaks for its host to a store."""
+
+    def common(self) -> Result:
+        """See :class:`HostAction`."""
+        return dict(
+            super().common(),
+            store={"type": "str", "required": True},
+            name={"type": "str", "default": self._variables.get("inventory_hostname")},
+        )

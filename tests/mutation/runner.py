@@ -100,6 +100,7 @@ class Recorder:
         sys.settrace(self._call)
         yield
         sys.settrace(None)
+        # None ends it, as for sys.settrace; the types of typeshed do not know.
         threading.settrace(None)  # type: ignore[arg-type]
         lines: dict[str, list[int]] = collections.defaultdict(list)
         for path, line in sorted(self.lines):

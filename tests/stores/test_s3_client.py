@@ -121,14 +121,16 @@ def test_lists_are_read_to_their_end(serve: t.Callable[..., Server]) -> None:
         found = "".join(f"<Contents><Key>fleet%2Fhosts/{name}</Key><Size>7</Size></Contents>" for name in names)
         return LIST.format(f"<EncodingType>url</EncodingType>{found}{more}")
 
-    first = page(["a+b", "%01"], "<IsTruncated>true</IsTruncated><NextContinuationToken>1/2=</NextContinuationToken>")
+    first = page(
+        ["a+b", "%01"], "<IsTruncated>true</IsTruncated><NextContinuationToken>1/2+%2B=</NextContinuationToken>"
+    )
     second = page(["c%2Bd", ".hidden", "folder/"], "<IsTruncated>false</IsTruncated>")
     server = serve(NO_FORMAT, EMPTY, first, second)
     assert server.objects().sizes("hosts/") == {"a b": 7, "\x01": 7, "c+d": 7}
-    assert [query.get("continuation-token") for _path, query in server.asked[2:]] == [None, "1/2="]
+    assert [query.get("continuation-token") for _path, query in server.asked[2:]] == [None, "1/2+%2B="]
     assert server.asked[3] == (
         "/bucket/",
-        {"list-type": "2", "encoding-type": "url", "prefix": "fleet/hosts/", "continuation-token": "1/2="},
+        {"list-type": "2", "encoding-type": "url", "prefix": "fleet/hosts/", "continuation-token": "1/2+%2B="},
     )
 
 

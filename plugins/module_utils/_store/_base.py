@@ -59,7 +59,6 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._objects impo
     RETENTION_NAME,
     Objects,
     Signing,
-    exists_different,
 )
 
 MOST_STORED = 4 << 30  # bytes of one compressed shard
@@ -286,12 +285,9 @@ class Store:
             "document": (entry.manifest, len(data), digest(data)),
         }
         order: dict[str, t.Any] = {"sequence": entry.sequence, "manifest": digest(data), "store": self.name}
-        taken = {each.stem + suffix for each, suffix in self.names(host)[0]}
         for what, (name, size, sha256) in wanted.items():
             order[what] = None
-            if not self._objects.confirms(self._prefix(host) + name, size, sha256):
-                if name in taken:
-                    raise exists_different(f"{self.name}/{self._prefix(host)}{name}", sha256)
+            if self._objects.lacks(self._prefix(host) + name, size, sha256):
                 url, headers = self._objects.sign(self._prefix(host) + name, size, sha256)
                 order[what] = {"url": url, "headers": headers}
         return order

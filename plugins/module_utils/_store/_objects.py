@@ -89,6 +89,10 @@ class Signing(Objects):
     """Objects for whose creation somebody without credentials can be given an address."""
 
     @abc.abstractmethod
+    def lacks(self, name: str, size: int, sha256: str) -> bool:
+        """Say whether the name is free; False: it has these bytes. Raises reason ``exists_different``."""
+
+    @abc.abstractmethod
     def sign(self, name: str, size: int, sha256: str) -> tuple[str, dict[str, str]]:
         """Return an address at which whoever has it can create this one object, and the headers that go with it."""
 

@@ -43,6 +43,9 @@ _CONFLICTS = 4
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}\Z")
 _LIST = "ListBucketResult"
 _TAG = "ima=shard"
+# "ListObjectsV2" and "ListObjectVersions": parameters of the next request, and the members that hold them
+_TOKEN = {"continuation-token": "NextContinuationToken"}
+_MARKERS = {"key-marker": "NextKeyMarker", "version-id-marker": "NextVersionIdMarker"}
 _SIZE = re.compile(r"[0-9]{1,16}\Z")
 
 
@@ -79,33 +82,42 @@ class S3Objects(Signing):
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def _pages(self, prefix: str, **more: str) -> t.Iterator[ElementTree.Element]:
-        """Yield the pages of a list; see "ListObjectsV2"."""
-        query = {"list-type": "2", "encoding-type": "url", "prefix": self._prefix + prefix, **more}
+    def _pages(
+        self, what: str, kind: str, prefix: str, query: dict[str, str], turn: t.Mapping[str, str]
+    ) -> t.Iterator[ElementTree.Element]:
+        """Yield the pages of a list, documents ``kind``.
+
+        ``turn``: by parameter of the next request, the member of a page that says where the list goes on. One that
+        ends without saying so is not a shorter one.
+        """
+        query = {"encoding-type": "url", "prefix": self._prefix + prefix, **query}
         while True:
-            page = self._client.document("list", query, _LIST)
+            page = self._client.document(what, query, kind)
             yield page
             if page.findtext("IsTruncated") != "true":
                 return
-            self._turn(query, {"continuation-token": page.findtext("NextContinuationToken") or ""})
+            following = {key: page.findtext(member) or "" for key, member in turn.items()}
+            if "key-marker" in following:  # a name; tokens are never encoded
+                following["key-marker"] = _name(page, page, turn["key-marker"])
+            if all(query.get(key, "") == value for key, value in following.items()):
+                raise StoreError(
+                    f"{self.name} says that a list goes on, and does not say where",
+                    reason="bad_answer",
+                    kept="everything",
+                    hint="look at the store's log, or at a proxy before it",
+                )
+            query.update(following)
 
-    def _turn(self, query: dict[str, str], following: dict[str, str]) -> None:
-        """Ask for the next page from now on. A list that ends without saying so is not a shorter one."""
-        if all(query.get(key, "") == value for key, value in following.items()):
-            raise StoreError(
-                f"{self.name} says that a list goes on, and does not say where",
-                reason="bad_answer",
-                kept="everything",
-                hint="look at the store's log, or at a proxy before it",
-            )
-        query.update(following)
+    def _listed(self, prefix: str, **more: str) -> t.Iterator[ElementTree.Element]:
+        """Yield the pages of a list of objects; see "ListObjectsV2"."""
+        return self._pages("list", _LIST, prefix, {"list-type": "2", **more}, _TOKEN)
 
     def folders(self, prefix: str) -> list[str]:
         """See :class:`Objects`."""
         start = len(self._prefix + prefix)
         return [
             _name(page, each, "Prefix")[start:].rstrip("/")
-            for page in self._pages(prefix, delimiter="/")
+            for page in self._listed(prefix, delimiter="/")
             for each in page.iter("CommonPrefixes")
         ]
 
@@ -114,7 +126,7 @@ class S3Objects(Signing):
         start = len(self._prefix + prefix)
         found = (
             (_name(page, each, "Key")[start:], each.findtext("Size") or "")
-            for page in self._pages(prefix)
+            for page in self._listed(prefix)
             for each in page.iter("Contents")
         )
         return {
@@ -139,14 +151,15 @@ class S3Objects(Signing):
         try:
             yield
         except Exception as error:
-            raise self._client.reading(error, what) from error
+            raise self._client.unanswered(error, what) from error
 
     def rewritten(self, prefix: str) -> dict[str, bool] | None:
         """See :class:`Objects`: in a bucket with versions a removed name is free again, but what it was stays."""
         written: dict[str, list[tuple[str, str]]] = {}
         start, removed = len(self._prefix + prefix), set()
         try:
-            for page in self._version_pages(prefix):
+            # See "ListObjectVersions".
+            for page in self._pages("list versions", "ListVersionsResult", prefix, {"versions": ""}, _MARKERS):
                 for each in page.iter("Version"):
                     seen = each.findtext("ETag") or "", each.findtext("Size") or ""
                     written.setdefault(_name(page, each, "Key")[start:], []).append(seen)
@@ -161,32 +174,25 @@ class S3Objects(Signing):
         again = {name for name, versions in written.items() if len(versions) > 1}
         return {name: len(set(written.get(name, []))) > 1 for name in again | removed}
 
-    def _version_pages(self, prefix: str) -> t.Iterator[ElementTree.Element]:
-        """Yield the pages of a list of versions; see "ListObjectVersions"."""
-        query = {"versions": "", "encoding-type": "url", "prefix": self._prefix + prefix}
-        while True:
-            page = self._client.document("list versions", query, "ListVersionsResult")
-            yield page
-            if page.findtext("IsTruncated") != "true":
-                return
-            version = page.findtext("NextVersionIdMarker") or ""
-            self._turn(query, {"key-marker": _name(page, page, "NextKeyMarker"), "version-id-marker": version})
-
     def confirms(self, name: str, size: int, sha256: str) -> bool:
         """See :class:`Objects`: by the checksum that the server keeps, else by reading the object."""
         try:
-            head = self._client.request(
-                f"look at {name}", "HEAD", self._prefix + name, headers={"x-amz-checksum-mode": "ENABLED"}
-            ).headers
-            if head.get("content-length") != str(size):
-                return False
-            kept = head.get("x-amz-checksum-sha256", "-")
-            if "-" not in kept:  # else it is that of the parts, or none
-                return kept == _base64(sha256)
-            with self.open(name) as file:
-                return hashed(file) == (size, sha256)
+            return self._is(name, size, sha256)
         except FileNotFoundError:
             return False
+
+    def _is(self, name: str, size: int, sha256: str) -> bool:
+        """Say whether what has the name has these bytes. Raises ``FileNotFoundError`` when nothing has it."""
+        head = self._client.request(
+            f"look at {name}", "HEAD", self._prefix + name, headers={"x-amz-checksum-mode": "ENABLED"}
+        ).headers
+        if head.get("content-length") != str(size):
+            return False
+        kept = head.get("x-amz-checksum-sha256", "-")
+        if "-" not in kept:  # else it is that of the parts, or none
+            return kept == _base64(sha256)
+        with self.open(name) as file:
+            return hashed(file) == (size, sha256)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -290,6 +296,15 @@ class S3Objects(Signing):
         self._client.request(what, "PUT", query={part: ""}, headers=checksum, body=body)
 
     # -- for a host that writes by itself ---------------------------------------------------------------------------
+
+    def lacks(self, name: str, size: int, sha256: str) -> bool:
+        """See :class:`Signing`."""
+        try:
+            if self._is(name, size, sha256):
+                return False
+        except FileNotFoundError:
+            return True
+        raise exists_different(f"{self.name}/{name}", sha256)
 
     def sign(self, name: str, size: int, sha256: str) -> tuple[str, dict[str, str]]:
         """Return an address at which whoever has it can create this one object, and the headers that go with it.

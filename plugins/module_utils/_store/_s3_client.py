@@ -100,7 +100,7 @@ class S3Client:
                 timeout=TIMEOUTS,
             )
         except Exception as error:
-            raise self._unanswered(error, "open") from error
+            raise self.unanswered(error, "open") from error
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class S3Client:
             try:
                 answer = self._send(method, key, query or {}, headers or {}, body, stream)
             except Exception as error:
-                refusal = self._unanswered(error, what)
+                refusal = self.unanswered(error, what)
                 if last or refusal.reason != "store_unavailable":
                     raise refusal from error
                 continue
@@ -137,6 +137,16 @@ class S3Client:
             if last or not (answer.status in _AGAIN or code in _AGAIN_CODES) or _REASONS.get(code):
                 raise self._refused(answer.status, code, answer.text("Message"), what)
         raise AssertionError("the last attempt returns or raises")
+
+    def document(self, what: str, query: t.Mapping[str, str], name: str) -> ElementTree.Element:
+        """Return the document ``name`` that the bucket answers to ``query``; see :meth:`request`.
+
+        Reason ``bad_answer`` for anything else: an answer that cannot be read is not an empty one.
+        """
+        found = self.request(what, "GET", query=query).xml()
+        if found.tag != name:
+            raise self._error("bad_answer", what, f"it answered something else than {name}", found=found.tag)
+        return found
 
     def _send(
         self, method: str, key: str, query: t.Mapping[str, str], headers: t.Mapping[str, str], body: t.Any, stream: bool
@@ -159,7 +169,7 @@ class S3Client:
         try:
             S3SigV4QueryAuth(self._frozen(), "s3", self.region, expires=expires).add_auth(request)
         except Exception as error:
-            raise self._unanswered(error, "sign") from error
+            raise self.unanswered(error, "sign") from error
         return str(request.url)
 
     def url(self, key: str, query: t.Mapping[str, str]) -> str:
@@ -174,7 +184,7 @@ class S3Client:
 
     # -- what went wrong ----------------------------------------------------------------------------------------------
 
-    def _unanswered(self, error: Exception, what: str) -> StoreError:
+    def unanswered(self, error: Exception, what: str) -> StoreError:
         """Return the error for what botocore raised; what is nobody's failure but ours is raised again."""
         if isinstance(error, StoreError):
             return error
@@ -182,20 +192,6 @@ class S3Client:
         if not kind.__module__.startswith(("botocore", "urllib3")) and not isinstance(error, OSError):
             raise error
         return self._error(_KINDS.get(kind.__name__, "store_unavailable"), what, printable(str(error))[:300])
-
-    def reading(self, error: Exception, what: str) -> StoreError:
-        """Return the error for what came up while an object was read."""
-        return self._unanswered(error, what)
-
-    def document(self, what: str, query: t.Mapping[str, str], name: str) -> ElementTree.Element:
-        """Return the document ``name`` that the bucket answers to ``query``; see :meth:`request`.
-
-        Reason ``bad_answer`` for anything else: an answer that cannot be read is not an empty one.
-        """
-        found = self.request(what, "GET", query=query).xml()
-        if found.tag != name:
-            raise self._error("bad_answer", what, f"it answered something else than {name}", found=found.tag)
-        return found
 
     def _refused(self, status: int, code: str, message: str, what: str) -> Exception:
         if code in ("NoSuchKey", "NoSuchVersion") or (status == 404 and code != "NoSuchBucket"):

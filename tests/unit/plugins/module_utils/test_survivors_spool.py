@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import types
@@ -248,7 +249,7 @@ def test_up_to_the_last_pruned_shard_the_reason_is_pruned(tmp_path: Path) -> Non
     spool = Spool(host.spool)
     assert spool.held_from == 6
     for entry in spool.entries[:2]:
-        error = reason_of(lambda entry=entry: spool.path(entry))  # type: ignore[misc]
+        error = reason_of(functools.partial(spool.path, entry))
         assert (error.reason, error.details["sequence"]) == ("pruned", entry.sequence)
         assert (error.details["index"], error.details["boot_id"]) == (entry.first, entry.boot_id)
 
