@@ -257,6 +257,29 @@ def test_a_place_that_holds_something_else_is_refused(make_place: MakePlace) -> 
         assert reason_of(place.open) == "store_foreign"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_that_another_fork_begins_meanwhile_is_one(
+    tmp_path: Path, make_place: MakePlace, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the question for the format and the one for anything else, the first rotation of another host ends."""
+    place, host = make_place(kind), support.Host(tmp_path / "h")
+    objects = type(t.cast(t.Any, place.open())._objects)
+    real, begun = objects.read, t.cast("list[str]", [])
+
+    def read(self: t.Any, name: str, limit: int) -> bytes:
+        try:
+            return t.cast(bytes, real(self, name, limit))
+        except FileNotFoundError:
+            if not begun:
+                begun.append(name)
+                places.rotate(host, place)
+            raise
+
+    monkeypatch.setattr(objects, "read", read)
+    store = place.open()
+    assert begun == ["format.json"] and len(store.entries("h")) == 1
+
+
 # -- deliveries that were cut off -------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._objects impo
     NO_FILE,
     Check,
     Objects,
-    require_format,
+    require_store,
 )
 
 
@@ -50,13 +50,10 @@ class DirectoryObjects(Objects):
                 path=directory,
                 hint="create it, with room for every host's shards, and name it by its whole path",
             )
-        try:
-            found = self.read(FORMAT_NAME, 4096)
-        except FileNotFoundError:
-            if not [name for name in os.listdir(directory) if not name.startswith(".")]:
-                return
-            found = b""
-        require_format(found, directory)
+        require_store(self, directory, self._is_empty)
+
+    def _is_empty(self) -> bool:
+        return all(name.startswith(".") for name in os.listdir(self._directory))
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)

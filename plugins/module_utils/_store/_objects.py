@@ -97,16 +97,29 @@ class Signing(Objects):
         """Return an address at which whoever has it can create this one object, and the headers that go with it."""
 
 
-def require_format(found: bytes, where: str) -> None:
-    """Refuse what is no store of this version: reason ``newer_version`` or ``store_foreign``."""
+def require_store(objects: Objects, where: str, is_empty: t.Callable[[], bool]) -> None:
+    """Refuse what is neither empty nor a store of this version: reason ``newer_version`` or ``store_foreign``."""
+    found = _format(objects)
+    if found is None:
+        if is_empty():
+            return
+        # Another host's first rotation may have begun the store since it was asked.
+        found = _format(objects)
     if found != FORMAT:
-        newer = found.startswith(FORMAT[:30])
+        newer = found is not None and found.startswith(FORMAT[:30])
         raise StoreError(
             f"{where} is {'a store of a newer version' if newer else 'not a store, and not empty'}",
             reason="newer_version" if newer else "store_foreign",
             path=where,
             hint="update the collection on this machine" if newer else "name an empty place of its own",
         )
+
+
+def _format(objects: Objects) -> bytes | None:
+    try:
+        return objects.read(FORMAT_NAME, len(FORMAT) + 1)
+    except FileNotFoundError:
+        return None
 
 
 def exists_different(where: str, ours: str) -> StoreError:

@@ -25,7 +25,6 @@ from xml.etree import ElementTree
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError
 from ansible_collections.integrity.ima.plugins.module_utils._shard import SHARD_SUFFIX
 from ansible_collections.integrity.ima.plugins.module_utils._store._objects import (
-    FORMAT,
     FORMAT_NAME,
     Check,
     Signing,
@@ -33,7 +32,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._objects impo
     exists_different,
     hashed,
     query_of,
-    require_format,
+    require_store,
 )
 from ansible_collections.integrity.ima.plugins.module_utils._store._s3_client import S3Client
 
@@ -54,14 +53,11 @@ class S3Objects(Signing):
 
     def __init__(self, address: str) -> None:
         self._address(address)
-        try:
-            found = self.read(FORMAT_NAME, len(FORMAT) + 1)
-        except FileNotFoundError:
-            query = {"list-type": "2", "prefix": self._prefix, "max-keys": "1"}
-            if self._client.document("list", query, _LIST).find("Contents") is None:
-                return
-            found = b""
-        require_format(found, self.name)
+        require_store(self, self.name, self._is_empty)
+
+    def _is_empty(self) -> bool:
+        query = {"list-type": "2", "prefix": self._prefix, "max-keys": "1"}
+        return self._client.document("list", query, _LIST).find("Contents") is None
 
     def _address(self, address: str) -> None:
         """Take an address apart, and make a client; nothing is asked of the server."""

@@ -28,8 +28,6 @@ import urllib.parse
 from ansible_collections.integrity.ima.plugins.module_utils import _durable
 from ansible_collections.integrity.ima.plugins.module_utils._errors import StoreError, printable
 from ansible_collections.integrity.ima.plugins.module_utils._store._objects import (
-    FORMAT,
-    FORMAT_NAME,
     NO_FILE,
     Check,
     Objects,
@@ -38,7 +36,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._objects impo
     hashed,
     library_missing,
     query_of,
-    require_format,
+    require_store,
 )
 
 TIMEOUT = 60  # seconds without an answer
@@ -55,10 +53,7 @@ class SftpObjects(Objects):
     def __init__(self, address: str) -> None:
         self._address(address)
         with self._asking("open"), self._refusing("", 0):
-            try:
-                require_format(self.read(FORMAT_NAME, len(FORMAT) + 1), self.name)
-            except FileNotFoundError:
-                self._require_empty()
+            require_store(self, self.name, self._is_empty)
 
     def _address(self, address: str) -> None:
         """Take an address apart; nothing is asked of the server."""
@@ -96,15 +91,14 @@ class SftpObjects(Objects):
         with self._asking("remove a probe"):
             self._connection().remove(self._path(name))
 
-    def _require_empty(self) -> None:
+    def _is_empty(self) -> bool:
         try:
             names = self._connection().listdir(self._root or "/")
         except FileNotFoundError:
             raise StoreError(
                 f"{self.name} does not exist", reason="store_missing", hint="create the directory on the server"
             ) from None
-        if [name for name in names if not name.startswith(".")]:
-            require_format(b"", self.name)
+        return all(name.startswith(".") for name in names)
 
     # -- the connection ---------------------------------------------------------------------------------------------
 
