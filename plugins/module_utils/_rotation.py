@@ -108,6 +108,8 @@ class Rotation:
         self._verdict = ""
         self._wants_verdict = False
         self._rounds = self._bytes = 0
+        self._goal: int | None = None  # the last shard of this rotation; others may go on sealing meanwhile
+        self._reached = False  # what comes next was sealed behind the goal
         self._doubted = False  # the host was told that a name is taken, and gets one more try
         self._orders: list[tuple[Manifest, dict[str, t.Any]]] = []  # signed for, not yet known to be in the store
         self.delivered = self.records = self.exported = self.trimmed = 0
@@ -132,7 +134,8 @@ class Rotation:
                 else:
                     self._take(answer)
                 news = self._progress() != before or bool(self._orders)
-                if not answer["pending"] and not answer["more"] and (not news or self._told(answer)):
+                pending = answer["pending"] and not self._reached
+                if not pending and not answer["more"] and (not news or self._told(answer)):
                     self._keep_quote()
                     if not self._newly_verified():
                         break
@@ -202,6 +205,8 @@ class Rotation:
         if self._options.get("direct"):
             asked.update(direct=True, **_without_urls([order for _manifest, order in self._orders]))
         answer = answer_of(self._call(asked))
+        if export and not answer["more"]:
+            self._goal = answer["position"]["after"]["sequence"]
         self.changed = self.changed or answer["changed"]
         self.exported += answer["exported"]
         self.trimmed += answer["trimmed"]
@@ -213,11 +218,22 @@ class Rotation:
         self.diff = dict(position, before=self.diff.get("before", position["before"]))
         return answer
 
+    def _next(self, data: bytes, head: Head | None) -> Manifest | None:
+        """Accept the manifest that comes next. None: it was sealed behind the goal, and is the next rotation's.
+
+        A busy host would keep this one for ever.
+        """
+        manifest = self._store.accept(self._host, data, head)
+        self._reached = self._goal is not None and manifest["sequence"] > self._goal
+        return None if self._reached else manifest
+
     def _take(self, answer: Answer) -> None:
         """Put what came into the store, shard by shard, in order."""
         for text, chunk in zip(answer["manifests"], answer["chunks"]):
             data = text.encode("utf-8", "replace")
-            manifest = self._store.accept(self._host, data, self._head)
+            manifest = self._next(data, self._head)
+            if manifest is None:
+                return
             if not chunk["offset"]:
                 self._count(manifest["stored_size"])
             if not self._take_chunk(manifest, digest(data), chunk):
@@ -232,7 +248,9 @@ class Rotation:
         head = self._head
         for text in answer["manifests"]:
             data = text.encode("utf-8", "replace")
-            manifest = self._store.accept(self._host, data, head)
+            manifest = self._next(data, head)
+            if manifest is None:
+                return
             self._count(manifest["stored_size"])
             order = self._store.sign(self._host, manifest)
             if order is None:

@@ -308,6 +308,30 @@ def test_two_rotations_at_once_on_one_host(host: support.Host, store: DirectoryS
     assert caught.value.reason == "locked" and host.rotate(store)["changed"] is False
 
 
+@pytest.mark.parametrize("policy", ["central", "never"])
+def test_a_host_that_goes_on_sealing_does_not_keep_the_rotation(
+    tmp_path: Path, store: DirectoryStore, policy: str
+) -> None:
+    """Its own timer seals shards in every round; they are the next rotation's."""
+    host = support.Host(tmp_path / "h", trim_after=policy, shard_records=100)
+    host.grow(199)
+
+    def seals(number: int, answer: support.Json) -> support.Json:
+        assert number < 50, "the rotation runs after the host"
+        host.grow(200)
+        host_side.export(load(host.config), False)
+        return answer
+
+    wire = support.Wire(host, seals)
+    rotation = _rotation.Rotation(store, "h", wire, {"chunk_bytes": support.CHUNK})
+    rotation.run()
+    assert rotation.records >= 200 and verify(store, "h", ()).verdict == "consistent"
+    recorded = len(host.recorded())
+    host.rotate(store)
+    assert b"".join(sealed.raw for sealed in support.take(store)) == host.recorded()[:recorded]
+    assert host.live() == (0 if policy == "central" else verify(store, "h", ()).records)
+
+
 @pytest.mark.parametrize("flavour", ["delete_n", "staged"])
 def test_a_list_that_somebody_holds_open(tmp_path: Path, store: DirectoryStore, flavour: str) -> None:
     host = support.Host(tmp_path / "h", flavour=flavour)
