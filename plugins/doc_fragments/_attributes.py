@@ -54,13 +54,39 @@ attributes:
       - It writes no files.
 """
 
-    # For the members of the action group (meta/runtime.yml). Used together with DOCUMENTATION.
+    # For the members of the action groups (meta/runtime.yml). Used together with DOCUMENTATION. All modules of a group
+    # have the option that it is made for.
     ACTIONGROUP_IMA = r"""
 options: {}
 attributes:
   action_group:
-    description: Takes its defaults from C(group/integrity.ima.ima) in C(module_defaults).
+    description:
+      - Takes the default of O(config) from C(group/integrity.ima.ima) in C(module_defaults).
     membership:
       - integrity.ima.ima
+    support: full
+"""
+
+    ACTIONGROUP_STORES = r"""
+options: {}
+attributes:
+  action_group:
+    description:
+      - Takes the default of O(store) from C(group/integrity.ima.stores) in C(module_defaults).
+    membership:
+      - integrity.ima.stores
+    support: full
+"""
+
+    ACTIONGROUP_IMA_STORES = r"""
+options: {}
+attributes:
+  action_group:
+    description:
+      - Takes the default of O(config) from C(group/integrity.ima.ima) in C(module_defaults), and that of O(store) from
+        C(group/integrity.ima.stores).
+    membership:
+      - integrity.ima.ima
+      - integrity.ima.stores
     support: full
 """

@@ -19,7 +19,6 @@ description:
     It protects nothing and attests nothing. Every manifest that is made from it says that it was emulated.
 extends_documentation_fragment:
   - integrity.ima._attributes
-  - integrity.ima._attributes.actiongroup_ima
 attributes:
   check_mode:
     support: full

@@ -20,7 +20,7 @@ description:
   - The host needs tpm2-tools.
 extends_documentation_fragment:
   - integrity.ima._attributes
-  - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._attributes.actiongroup_ima_stores
   - integrity.ima._config
   - integrity.ima._store
 attributes:

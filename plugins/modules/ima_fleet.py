@@ -19,7 +19,7 @@ description:
   - It runs on the controller alone, once for all hosts.
 extends_documentation_fragment:
   - integrity.ima._attributes
-  - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._attributes.actiongroup_stores
   - integrity.ima._store
 attributes:
   check_mode:

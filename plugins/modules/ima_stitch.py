@@ -19,7 +19,7 @@ description:
     A loss that the host itself reported does not forbid it, and is in the result.
 extends_documentation_fragment:
   - integrity.ima._attributes
-  - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._attributes.actiongroup_stores
   - integrity.ima._store
   - integrity.ima._store.key
 attributes:

@@ -18,7 +18,7 @@ description:
   - Run it on the controller, with the account that the rotations use.
 extends_documentation_fragment:
   - integrity.ima._attributes
-  - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._attributes.actiongroup_stores
   - integrity.ima._store
 attributes:
   check_mode:

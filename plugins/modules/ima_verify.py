@@ -22,7 +22,7 @@ description:
 extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.info_module
-  - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._attributes.actiongroup_stores
   - integrity.ima._store
   - integrity.ima._store.key
 options:

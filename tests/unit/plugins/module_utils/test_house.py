@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,18 @@ def test_main_is_short(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 30, node.name
+
+
+@pytest.mark.parametrize(("group", "option"), [("ima", "_config"), ("stores", "_store")])
+def test_a_default_for_an_action_group_fits_all_of_its_modules(group, option):
+    """What module_defaults gives to a group, each of its modules takes; and each that takes it belongs to the group."""
+    text = (PLUGINS.parent / "meta" / "runtime.yml").read_text(encoding="utf-8")
+    members = re.findall(r"^    - (\w+)$", text.partition(f"\n  {group}:\n")[2].partition(":\n")[0], re.M)
+    fragments = {path.stem: path.read_text(encoding="utf-8") for path in MODULES}
+    assert members == [name for name, said in fragments.items() if f"  - integrity.ima.{option}\n" in said]
+    for name, said in fragments.items():
+        attribute = re.search(r"\._attributes\.actiongroup_(\w+)\n", said)
+        assert (name in members) == (group in (attribute.group(1).split("_") if attribute else []))
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
