@@ -13,16 +13,16 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import typing as t
 from pathlib import Path
 
 import pytest
 import test_power_loss as power
 from conftest import Tally
-from recorder import DAMAGES, HOLE, Cut, Recorder, lay_out
+from recorder import DAMAGES, HOLE, Cut, Event, Recorder, lay_out
 from shim import DROPPED, HALF, KILLS, Call, Run, Scene, Work, below
-from test_points import _no_disk, all_gone, sweep
+from test_points import all_gone, sweep
+from test_power_loss import LONG, disk
 
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 from ansible_collections.integrity.ima.plugins.module_utils._stitched import ASCII, BINARY
@@ -35,9 +35,9 @@ from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._stitched
 )
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import TRIMMING, oracle
 
-__all__ = ["_no_disk"]  # of each test here, too
+__all__ = ["disk"]
 STATE = "stitched.json"
-MOST = 24  # power cuts of one scenario, unless LONG=1
+MOST = 16  # power cuts of one scenario, unless LONG=1
 Lists = t.Dict[str, bytes]
 
 
@@ -202,12 +202,175 @@ SCENES = {"the first run": beginning, "export and trim": growing, "a reboot": re
 
 @pytest.mark.parametrize("flavour", TRIMMING)
 @pytest.mark.parametrize("name", SCENES)
-def test_struck_at_every_call(tmp_path: Path, name: str, flavour: str, tally: Tally) -> None:
+def test_struck_at_every_call(disk: Path, name: str, flavour: str, tally: Tally) -> None:
     umask = os.umask(0o077)  # so that the group's right to read has to be given
     try:
-        scene = SCENES[name](tmp_path, flavour)
+        scene = SCENES[name](disk, flavour)
         work = t.cast(Work, scene.work)
-        every = 7 if flavour == "delete_n" else 23
+        every = 11 if flavour == "delete_n" else 37
         assert sweep(scene, work, scene.check, tally, every=every, near=near, told=scene.told) >= 10
     finally:
         os.umask(umask)
+
+
+# --- what is mended ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["zeros", "hole", "one byte"])
+def test_what_was_right_stays_while_the_rest_is_mended(disk: Path, damage: str) -> None:
+    """Bytes are wrong: what is right before them is there at every instant."""
+    host = Stitching(disk, count=200)
+    host.run()
+    for name in NAMES:
+        data = bytearray(host.path(name).read_bytes())
+        start = len(data) * 2 // 3
+        end = {"zeros": len(data), "hole": start + 100, "one byte": start + 1}[damage]
+        data[start:end] = bytes([data[start] ^ 1]) + bytes(end - start - 1)
+        with host.path(name).open("r+b") as file:
+            file.write(data)
+    if damage != "zeros":  # so far from the end it is not looked for
+        os.unlink(os.path.join(host.spool, STATE))
+    with Watch(host, dict.fromkeys(NAMES, b"")):
+        assert len(host.export().notes) == 2
+    right(host)
+
+
+class Pages:
+    """Which bytes of a file are on its disk, if one that failed to be written is called clean all the same."""
+
+    def __init__(self, path: Path) -> None:
+        self._inode, size = path.stat().st_ino, path.stat().st_size
+        self.failing = False
+        self.safe, self.dirty = set(range(size)), set[int]()
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Pages:
+        for name in ("pwrite", "fsync"):
+            self._patch.setattr(os, name, self._wrap(getattr(self, f"_{name}"), getattr(os, name)))
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        self._patch.undo()
+
+    def _wrap(self, mine: t.Callable[..., None], real: t.Callable[..., t.Any]) -> t.Callable[..., t.Any]:
+        def wrapper(descriptor: int, *args: t.Any) -> t.Any:
+            result = real(descriptor, *args)
+            if os.fstat(descriptor).st_ino == self._inode:
+                mine(result, *args)
+            return result
+
+        return wrapper
+
+    def _pwrite(self, done: int, _data: t.Any, offset: int) -> None:
+        self.dirty |= set(range(offset, offset + done))
+
+    def _fsync(self, _result: None) -> None:
+        dirty, self.dirty = self.dirty, set()
+        if self.failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self.safe |= dirty
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_failed_fsync_left_in_memory_is_written_again(disk: Path, name: str) -> None:
+    """The kernel may call such pages clean, and answer yes to the next one."""
+    host = Stitching(disk, count=30)
+    host.run()
+    host.grow(20)
+    with Pages(host.path(name)) as pages:
+        pages.failing = True
+        (note,) = host.export().notes
+        assert name in note and "EIO" in note
+        pages.failing = False
+        host.grow(3)
+        assert host.export().notes == []
+    right(host)
+    assert set(range(host.path(name).stat().st_size)) == pages.safe, "a list counts as durable that is not"
+
+
+# --- power cuts -------------------------------------------------------------------------------------------------------
+
+
+class PowerCut(power.Scene):
+    """A host that loses all that was not durable: with its boot, or in a kexec that nobody synced before.
+
+    Only the kexec carries list and epoch over; so only then what was remembered of the lists is believed.
+    """
+
+    def __init__(self, root: Path, flavour: str = "delete_n", *, kexec: bool = True, anew: bool = False) -> None:
+        self.kexec = kexec
+        # In the spool, to be on the same disk. A new spool would be refused with something in it.
+        self.machine = Stitching(root / "host", flavour, "local", lists="spool/lists", count=90, shard_records=60)
+        self.kernel, self.spool = self.machine.kernel, self.machine.spool
+        os.rmdir(self.machine.lists)
+        self.machine.run()
+        os.mkdir(self.machine.lists, 0o750)
+        self.machine.run()
+        self.old = dict.fromkeys(NAMES, b"")
+        if anew:
+            self.old = held(self.machine)
+            self.machine.reboot()
+        self.machine.grow(90)
+        self.recorder = Recorder(self.kernel, host=self.spool)
+        self.inodes = {name: self._inode(name) for name in NAMES}
+        self.nodes = list(self.recorder.first["host"].names["lists"].values())
+        with self.recorder:
+            self.machine.run()
+            self.machine.grow(90)
+            self.machine.run()
+        self.recorded()
+
+    def cuts(self, machine: str) -> list[Cut]:
+        """While the lists are brought up to the cut, or at any time. Pages written in place reach a disk in any order."""
+        cuts = self.recorder.cuts(machine, damages=(*DAMAGES, HOLE))
+        return [cut for cut in cuts if LONG or any(map(self._near, self.recorder.events[cut.prefix - 2 : cut.prefix]))]
+
+    def _near(self, event: Event) -> bool:
+        return event.path == "lists" or event.node in self.nodes or STATE in str(event)
+
+    def _inode(self, name: str) -> str:
+        status = self.machine.path(name).stat()
+        return f"{status.st_dev}:{status.st_ino}"
+
+    def _same_files(self) -> None:
+        """On the disk that is laid out the lists have other numbers than on the one before; what was noted follows."""
+        path = Path(self.spool, STATE)
+        text = path.read_text(encoding="latin-1") if path.exists() else ""
+        for name in NAMES:
+            if self.machine.path(name).exists():
+                text = text.replace(f'"{self.inodes[name]}"', f'"{self._inode(name)}"')
+        if path.exists():
+            path.write_text(text, encoding="latin-1")
+
+    def host(self, cut: Cut) -> None:
+        lay_out(cut.tree, self.spool)
+        self._same_files()
+        self.kernel_at(self.promised(cut))
+        if self.kexec:
+            self.machine.before, self.machine.carried = b"", 0
+            self.machine.kexec(carry_over=True)
+        else:
+            self.machine.reboot()
+        old = self.old if self.kexec else held(self.machine)
+        with Watch(self.machine, old):
+            self.machine.run()
+        oracle(self.machine, pcrs=False)
+        right(self.machine)
+        if self.again():
+            self.machine.grow(1)
+            assert [note for note in self.machine.run()[0].notes if "stitched" in note] == []
+            right(self.machine)
+
+
+CUTS: dict[str, t.Callable[[Path], PowerCut]] = {
+    "a reboot": lambda root: PowerCut(root, kexec=False),
+    "a kexec": PowerCut,
+    "a kexec, staged": lambda root: PowerCut(root, "staged"),
+    "a kexec after a reboot": lambda root: PowerCut(root, anew=True),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_what_is_not_durable_is_gone(disk: Path, name: str, tally: Tally) -> None:
+    scene = CUTS[name](disk)
+    power.survived(tally, power.survive(scene, "host", MOST))

@@ -46,8 +46,8 @@ def right(host: Stitching) -> None:
     """Both lists hold what the kernel recorded since the epoch began, up to the cut."""
     cut = Spool(host.spool).epoch[-1].end
     whole = b"".join(record.raw for record in parse(host.truth())[:cut])
-    assert host.path(_stitched.BINARY).read_bytes() == whole
-    assert host.path(_stitched.ASCII).read_bytes() == ascii_of(whole)
+    assert host.path(_stitched.BINARY).read_bytes() == whole, "the binary list is not what the kernel recorded"
+    assert host.path(_stitched.ASCII).read_bytes() == ascii_of(whole), "the ASCII list is not what the kernel recorded"
 
 
 class RustReader:
