@@ -24,7 +24,6 @@ from shim import DROPPED, HALF, KILLS, Call, Run, Scene, Work, below
 from test_points import all_gone, sweep
 from test_power_loss import LONG, disk
 
-from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 from ansible_collections.integrity.ima.plugins.module_utils._stitched import ASCII, BINARY
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._stitched_support import (
     NAMES,
@@ -208,7 +207,7 @@ def test_struck_at_every_call(disk: Path, name: str, flavour: str, tally: Tally)
         scene = SCENES[name](disk, flavour)
         work = t.cast(Work, scene.work)
         every = 11 if flavour == "delete_n" else 37
-        assert sweep(scene, work, scene.check, tally, every=every, near=near, told=scene.told) >= 10
+        assert sweep(scene, work, scene.check, tally, every=every, near=near, told=scene.told) >= 5
     finally:
         os.umask(umask)
 
@@ -321,7 +320,7 @@ class PowerCut(power.Scene):
         self.recorded()
 
     def cuts(self, machine: str) -> list[Cut]:
-        """While the lists are brought up to the cut, or at any time. Pages written in place reach a disk in any order."""
+        """While the lists are brought up to the cut. Pages written in place come to the disk in any order."""
         cuts = self.recorder.cuts(machine, damages=(*DAMAGES, HOLE))
         return [cut for cut in cuts if LONG or any(map(self._near, self.recorder.events[cut.prefix - 2 : cut.prefix]))]
 

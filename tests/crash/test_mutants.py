@@ -156,7 +156,8 @@ def check_of(name: str, most: int = MOST) -> Check:
     def run(root: Path) -> None:
         names = test.__code__.co_varnames[: test.__code__.co_argcount]
         with pytest.MonkeyPatch.context() as patch:
-            known: dict[str, t.Any] = {"tmp_path": root, "monkeypatch": patch, "disk": root, "tally": lambda *_each: None}
+            known: dict[str, t.Any] = {"tmp_path": root, "disk": root, "monkeypatch": patch}
+            known["tally"] = lambda *_figure: None
             if "store" in names:
                 known.update(store=_store_support.new_store(root / "store"), host=_store_support.Host(root / "host"))
             rest = iter(values)

@@ -41,7 +41,8 @@ CALLS = (
     "rename renameat renameat2 link linkat symlink symlinkat unlink unlinkat rmdir mkdir mkdirat mknod mknodat "
     "chmod fchmod fchmodat chown fchown fchownat lchown utimensat setxattr fsetxattr lsetxattr"
 ).split()
-SAME = {"pwrite64": "pwrite", "openat": "open", "renameat": "rename", "renameat2": "rename", "linkat": "link", "mkdirat": "mkdir"}
+SAME = {"openat": "open", "renameat": "rename", "renameat2": "rename", "linkat": "link", "mkdirat": "mkdir"}
+SAME["pwrite64"] = "pwrite"
 LINE = re.compile(r"(?P<pid>\d+) +(?P<name>\w+)\((?P<args>.*)(?:\) += (?P<result>-?\d+|\?).*|<unfinished \.\.\.>)\Z")
 DESCRIPTOR = re.compile(r"(?:AT_FDCWD|\d+)<(?P<path>[^>]*)>")
 NAME = re.compile(r'"(?P<path>[^"]*)"')
