@@ -74,23 +74,24 @@ class Watch:
         self._patch.undo()
 
     def _looking(self, real: t.Callable[..., t.Any]) -> t.Callable[..., t.Any]:
-        def wrapper(*args: t.Any) -> t.Any:
+        def wrapper(descriptor: int, *args: t.Any) -> t.Any:
             try:
-                return real(*args)
+                return real(descriptor, *args)
             finally:
-                self.look()
+                for name in NAMES:
+                    path = self._host.path(name)
+                    if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                        self.look(name, path.read_bytes())
 
         return wrapper
 
-    def look(self) -> None:
-        now = held(self._host)
-        for name in NAMES:
-            count, before = alike(now[name], self._truth[name]), self._right[name]
-            # What is in common with the boot before goes with the rest of it.
-            common = alike(self._old[name], self._truth[name])
-            assert count >= before or before <= common, f"{name}: {before} bytes were right, {count} are left"
-            assert not self._sound[name] or self._is_sound(name, now[name]), f"{name}: wrong bytes are there"
-            self._right[name] = count
+    def look(self, name: str, now: bytes) -> None:
+        count, before = alike(now, self._truth[name]), self._right[name]
+        # What is in common with the boot before goes with the rest of it.
+        common = alike(self._old[name], self._truth[name])
+        assert count >= before or before <= common, f"{name}: {before} bytes were right, {count} are left"
+        assert not self._sound[name] or self._is_sound(name, now), f"{name}: wrong bytes are there"
+        self._right[name] = count
 
 
 # --- death and errors -------------------------------------------------------------------------------------------------
