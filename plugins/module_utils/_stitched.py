@@ -137,14 +137,17 @@ class _List:
             os.ftruncate(self.descriptor, offset)
 
     def put(self, data: bytes) -> bool:
-        """Have ``data`` stand at the place, and go behind it. False: something else stood there."""
+        """Have ``data`` stand at the place, and go behind it. False: something else stood there.
+
+        No byte that is right goes away. What stands there already is written all the same: after an ``fsync`` that
+        failed it may be in memory only, and the next one would say yes.
+        """
         there = self._read(self.offset, len(data))
         right = data.startswith(there)
         if not right:
-            self.cut_off(self.offset)
-            there = b""
+            self.cut_off(self.offset + len(os.path.commonprefix([data, there])))
         with _durable.failing(self.name, "append to"):
-            rest, at = memoryview(data)[len(there) :], self.offset + len(there)
+            rest, at = memoryview(data), self.offset
             while rest:
                 done = os.pwrite(self.descriptor, rest, at)
                 rest, at = rest[done:], at + done

@@ -27,8 +27,9 @@ from ansible_collections.integrity.ima.plugins.module_utils import _emulated
 Node = t.Union[int, str]  # a file's number, or a directory's path; "" is the root
 Tree = t.Dict[str, t.Optional[bytes]]  # a file's bytes, or None for a directory, by path
 # Nobody in the product uses these; what they did would be missed.
-UNKNOWN = ("replace", "remove", "rmdir", "truncate", "symlink", "fdatasync", "pwrite", "writev", "sendfile")
+UNKNOWN = ("replace", "remove", "rmdir", "truncate", "symlink", "fdatasync", "writev", "sendfile")
 LOST, WHOLE, ZEROS, HALF = DAMAGES = ("lost", "whole", "zeros", "half")
+HOLE = "hole"  # zeros, and then the second half: for files that are written in place
 FEW = 4  # so many names that are not safe: every combination
 
 
@@ -94,7 +95,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self._note_kernel()
-        for name in ("open", "write", "ftruncate", "fsync", "close", "link", "unlink", "rename", "mkdir"):
+        for name in ("open", "write", "pwrite", "ftruncate", "fsync", "close", "link", "unlink", "rename", "mkdir"):
             real = getattr(os, name)
             self._put(os, name, functools.wraps(real)(functools.partial(getattr(self, f"_{name}"), real)))
         for name in UNKNOWN:
@@ -172,6 +173,14 @@ class Recorder:
         done: int = real(descriptor, data)
         if known:
             self._record(Event("write", known[0], node=known[1], offset=offset, data=bytes(data)[:done]))
+        return done
+
+    def _pwrite(self, real: t.Any, descriptor: int, data: t.Any, offset: int) -> int:
+        self._alive()
+        done: int = real(descriptor, data, offset)
+        if descriptor in self._open_nodes:
+            machine, node = self._open_nodes[descriptor]
+            self._record(Event("write", machine, node=node, offset=offset, data=bytes(data)[:done]))
         return done
 
     def _ftruncate(self, real: t.Any, descriptor: int, size: int) -> None:
@@ -292,7 +301,7 @@ class Recorder:
                 disks[event.machine].apply(event)
         return disks
 
-    def cuts(self, machine: str, start: int = 0) -> list[Cut]:
+    def cuts(self, machine: str, start: int = 0, damages: t.Sequence[str] = DAMAGES) -> list[Cut]:
         """Every distinct state that a power cut of ``machine`` behind event ``start`` may leave, the worst first.
 
         One that is possible at several instants counts at the last: then most was promised. Later ones go first.
@@ -306,7 +315,7 @@ class Recorder:
                 disk.apply(event)
             elif event and event.machine:
                 continue
-            for rank, tree in disk.states(chance):
+            for rank, tree in disk.states(chance, damages):
                 key = frozenset(tree.items())
                 rank = min(rank, found[key].rank) if key in found else rank
                 found[key] = Cut(rank, prefix, tree)
@@ -357,14 +366,14 @@ class Disk:
         """What the processes of the machine see."""
         return self._tree(self._layout([True] * len(self.pending)), {})
 
-    def states(self, chance: random.Random) -> t.Iterator[tuple[int, Tree]]:
+    def states(self, chance: random.Random, damages: t.Sequence[str] = DAMAGES) -> t.Iterator[tuple[int, Tree]]:
         """What a power cut may leave now, each with its rank."""
         for rank, kept in _selections(len(self.pending), chance):
             layout = self._layout(kept)
             loose = sorted(
                 {node for node in layout.values() if isinstance(node, int) and len(set(self.files[node])) > 1}
             )
-            for worse, damage in _damages(loose, chance):
+            for worse, damage in _damages(loose, chance, damages):
                 yield rank + worse, self._tree(layout, damage)
 
     def _layout(self, kept: t.Sequence[bool]) -> dict[str, Node]:
@@ -414,14 +423,16 @@ def _selections(count: int, chance: random.Random) -> t.Iterator[tuple[int, tupl
         yield 2, tuple(chance.random() < 0.5 for _each in numbers)
 
 
-def _damages(loose: t.Sequence[int], chance: random.Random) -> t.Iterator[tuple[int, dict[int, str]]]:
+def _damages(
+    loose: t.Sequence[int], chance: random.Random, damages: t.Sequence[str]
+) -> t.Iterator[tuple[int, dict[int, str]]]:
     """What became of the files whose bytes are not safe: all alike, then mixtures."""
-    for how in DAMAGES if loose else (WHOLE,):
+    for how in damages if loose else (WHOLE,):
         yield int(how == HALF), dict.fromkeys(loose, how)
     if 1 < len(loose) <= 2:
-        yield from ((2, dict(zip(loose, each))) for each in itertools.product(DAMAGES, repeat=len(loose)))
+        yield from ((2, dict(zip(loose, each))) for each in itertools.product(damages, repeat=len(loose)))
     elif loose[2:]:
-        yield from ((2, {node: chance.choice(DAMAGES) for node in loose}) for _number in range(FEW))
+        yield from ((2, {node: chance.choice(damages) for node in loose}) for _number in range(FEW))
 
 
 def _damaged(safe: bytes, seen: bytes, how: str) -> bytes:
@@ -431,7 +442,8 @@ def _damaged(safe: bytes, seen: bytes, how: str) -> bytes:
         return safe
     begin = safe if seen.startswith(safe) else b""
     rest = seen[len(begin) :]
-    return begin + (bytes(len(rest)) if how == ZEROS else rest[: len(rest) // 2])
+    half = len(rest) // 2
+    return begin + {ZEROS: bytes(len(rest)), HALF: rest[:half], HOLE: bytes(half) + rest[half:]}[how]
 
 
 def read_tree(root: str) -> Tree:

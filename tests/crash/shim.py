@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Death and errors at one call of a forked child, on the spool or on the kernel's list.
+"""Death and errors at one call of a forked child, on the spool, on lists kept beside it or on the kernel's list.
 
 Nothing in the product knows of it: the functions of ``os``, ``open`` and the emulated kernel's files are wrapped in the
 child. A first run without a fault gives the calls; each way to strike fits some of them.
@@ -27,8 +27,9 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaEr
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import Host
 
 Work = t.Callable[[Host], object]
-WRAPPED = ("open", "write", "fsync", "link", "rename", "unlink", "mkdir", "close", "ftruncate")
-BY_DESCRIPTOR = ("write", "fsync", "close", "ftruncate")
+BY_DESCRIPTOR = ("write", "pwrite", "pread", "fsync", "close", "ftruncate", "fchmod")
+WRAPPED = (*BY_DESCRIPTOR, "open", "link", "rename", "unlink", "mkdir")
+WRITING = ("write", "pwrite")
 LISTING = ("listdir", "scandir")
 UNHIT, HIT, CRASHED = 0, 3, 4
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, (1 << 64) - 1  # prctl(2)
@@ -46,6 +47,8 @@ ERRORS: t.Mapping[str, tuple[str, ...]] = {
     "unlink": ("EIO", "EROFS", "ESTALE", "ENOENT"),
     "mkdir": ("EIO", "ENOSPC", "EDQUOT", "EROFS"),
     "ftruncate": ("EIO",),
+    "fchmod": ("EIO", "EROFS"),
+    "pread": ("EIO", "ESTALE"),
     "close": ("EIO", "ENOSPC", "EDQUOT"),
     "close directory": ("EIO",),
     "look": ("EIO", "EMFILE", "ESTALE", "ENOENT"),
@@ -84,6 +87,8 @@ class Call(t.NamedTuple):
         if self.name == "open":
             what = "create" if self.changes else "look"
             return f"{what} directory" if self.directory else what
+        if self.name in WRITING:
+            return "write"
         return f"{self.name} directory" if self.directory and self.name in ("fsync", "close") else self.name
 
 
@@ -96,7 +101,7 @@ def fits(mode: str, call: Call) -> bool:
     if mode == DONE:
         return call.changes and call.name != "close"
     if mode == HALF:
-        return call.name == "write" and call.size > 1
+        return call.kind == "write" and call.size > 1
     if mode == DROPPED:
         return call.kind == "fsync"
     return mode.split()[0] in ERRORS.get(call.kind, ())
@@ -105,14 +110,16 @@ def fits(mode: str, call: Call) -> bool:
 class Shim:
     """Wraps the calls of this process and strikes the ``number``-th, counted from 1; 0 strikes none."""
 
-    def __init__(self, spool: str, number: int = 0, mode: str = "", *, durable: bool = False) -> None:
+    def __init__(self, spool: str, number: int = 0, mode: str = "", *, durable: bool = False, lists: str = "") -> None:
         self.spool, self.number, self.mode = spool, number, mode
+        self.lists = lists  # another file system: what fails for ever there does not fail in the spool
         self.durable = durable  # else processes die here, not disks: what is written is there
         self.hit = False
         self.log: list[Call] = []
         self.done: list[Call] = []  # those that changed something and succeeded
         self.open: dict[int, tuple[str, bool, bool]] = {}  # path, for write, a directory
         self.synced: dict[int, int] = {}  # how much of a file is on the disk
+        self._real_pwrite = os.pwrite
 
     def install(self) -> None:
         """Wrap everything; there is no way back."""
@@ -130,7 +137,7 @@ class Shim:
     # -- which calls count ------------------------------------------------------------------------------------------
 
     def _inside(self, path: t.Any) -> bool:
-        return isinstance(path, str) and (path + "/").startswith(self.spool + "/")
+        return isinstance(path, str) and (below(path, self.spool) or below(path, self.lists))
 
     def _path(self, path: t.Any, folder: int | None) -> str:
         """Where a path leads, if that is in the spool."""
@@ -142,8 +149,8 @@ class Shim:
         """What a call of ``os`` is; None when it is none on the spool."""
         if name in BY_DESCRIPTOR:
             path, written, directory = self.open.get(args[0], ("", False, False))
-            changes = written if name == "close" else True
-            size = len(args[1]) if name == "write" else 0
+            changes = written if name == "close" else name != "pread"
+            size = len(args[1]) if name in WRITING else 0
             return Call(name, path, changes, directory, "", size) if path else None
         path = self._path(args[0], keywords.get("dir_fd", keywords.get("src_dir_fd")))
         if not path:
@@ -160,6 +167,8 @@ class Shim:
         self.log.append(call)
         now = len(self.log) == self.number
         later = self.mode.endswith("for ever") and len(self.log) > self.number > 0 and fits(self.mode, call)
+        if later:
+            later = below(call.path, self.lists) == below(self.log[self.number - 1].path, self.lists)
         self.hit = self.hit or now
         return now or later
 
@@ -186,8 +195,8 @@ class Shim:
             call = self._call(name, args, keywords)
             if call is None:
                 return real(*args, **keywords)
-            if name == "write" and self.mode == HALF and len(self.log) + 1 == self.number:
-                args = (args[0], bytes(args[1])[: (len(args[1]) + 1) // 2])
+            if name in WRITING and self.mode == HALF and len(self.log) + 1 == self.number:
+                args = (args[0], bytes(args[1])[: (len(args[1]) + 1) // 2], *args[2:])
                 self._strikes(call)
                 return real(*args)
             if name == "fsync" and self.mode == DROPPED and len(self.log) + 1 == self.number:
@@ -205,15 +214,18 @@ class Shim:
             self.synced[args[0]] = os.fstat(args[0]).st_size
         if call.name == "open":
             self.open[result] = (call.path, bool(args[1] & (os.O_WRONLY | os.O_RDWR)), call.directory)
+            self.synced[result] = os.fstat(result).st_size  # what was there is on the disk
+        if call.name == "ftruncate":
+            self.synced[args[0]] = min(self.synced[args[0]], args[1])
         if call.changes:
-            self.done.append(call._replace(size=result) if call.name == "write" else call)
+            self.done.append(call._replace(size=result) if call.name in WRITING else call)
         return result
 
     def _drop(self, descriptor: int) -> None:
         """What an ``fsync`` that failed leaves: pages marked clean that never reached the disk."""
         start, end = self.synced.get(descriptor, 0), os.fstat(descriptor).st_size
-        assert end > start, "there is nothing to drop"
-        os.pwrite(descriptor, bytes(end - start), start)
+        assert end > start or end == 0, "there is nothing to drop"
+        self._real_pwrite(descriptor, bytes(end - start), start)
 
     def _listing(self, name: str, real: t.Callable[..., t.Any]) -> t.Callable[..., t.Any]:
         def wrapper(path: t.Any = ".") -> t.Any:
@@ -239,6 +251,11 @@ class Shim:
         return wrapper
 
 
+def below(path: str, directory: str) -> bool:
+    """Whether a file is in a directory, or that itself."""
+    return bool(directory) and (path + "/").startswith(directory + "/")
+
+
 class Run(t.NamedTuple):
     """How a child ended: whether it was hit, the reason that it raised, and its calls (of one that was not killed)."""
 
@@ -250,7 +267,7 @@ class Run(t.NamedTuple):
 
 def strike(host: Host, work: Work, number: int = 0, mode: str = "") -> Run:
     """Do the work in a child that is struck at one call."""
-    return ended(*started(host, work, Shim(host.spool, number, mode)))
+    return ended(*started(host, work, Shim(host.spool, number, mode, lists=getattr(host, "lists", ""))))
 
 
 def started(host: Host, work: Work, shim: Shim | None, gate: int | None = None) -> tuple[int, int]:

@@ -23,6 +23,7 @@ import typing as t
 from pathlib import Path
 
 import pytest
+import test_kept_lists
 import test_power_loss as power
 
 from ansible_collections.integrity.ima.plugins.module_utils import (
@@ -33,6 +34,7 @@ from ansible_collections.integrity.ima.plugins.module_utils import (
     _securityfs,
     _snapshot,
     _spool,
+    _stitched,
 )
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 from ansible_collections.integrity.ima.plugins.module_utils._store import _base, _directory
@@ -131,8 +133,12 @@ def controller_loses_power(name: str) -> str:
     return f"test_power_loss.test_a_controller_loses_power[{name}]"
 
 
+def lists_are_struck(name: str) -> str:
+    return f"test_kept_lists.test_struck_at_every_call[{name}-delete_n]"
+
+
 def check_of(name: str, most: int = MOST) -> Check:
-    """The check of that name: one of a power cut, one of this file, or a unit test with its arguments."""
+    """The check of that name: one of a power cut, one of this file, or another test with its arguments."""
     module, function, argument = t.cast(t.Any, re.fullmatch(r"(\w+)\.(\w+?)(?:\[(.*)\])?", name)).groups()
     if module == "test_power_loss":
         scenes, machine = (
@@ -141,13 +147,17 @@ def check_of(name: str, most: int = MOST) -> Check:
         return lambda root: loses_power(t.cast(t.Any, scenes)[argument](root), machine, most)
     if module == "test_mutants":
         return OWN[function]
-    test = getattr(importlib.import_module(f"{UNITS}.{module}"), function)
+    if function == "test_what_is_not_durable_is_gone":
+        return lambda root: loses_power(test_kept_lists.CUTS[argument](root), "host", most)
+    kept = module == "test_kept_lists"
+    test = getattr(test_kept_lists if kept else importlib.import_module(f"{UNITS}.{module}"), function)
     values = argument.split("-") if argument else []
 
     def run(root: Path) -> None:
         names = test.__code__.co_varnames[: test.__code__.co_argcount]
         with pytest.MonkeyPatch.context() as patch:
-            known: dict[str, t.Any] = {"tmp_path": root, "monkeypatch": patch}
+            known: dict[str, t.Any] = {"tmp_path": root, "disk": root, "monkeypatch": patch}
+            known["tally"] = lambda *_figure: None
             if "store" in names:
                 known.update(store=_store_support.new_store(root / "store"), host=_store_support.Host(root / "host"))
             rest = iter(values)
@@ -161,7 +171,7 @@ WRITES = {"create": _durable.create, "replace": _durable.replace}
 
 def loses_power(scene: power.Scene, machine: str, most: int) -> None:
     """As the test of that name, over the ``most`` worst states."""
-    for cut in scene.recorder.cuts(machine, scene.start)[:most]:
+    for cut in scene.cuts(machine)[:most]:
         wrong = power.complaint(getattr(scene, machine), cut)
         assert not wrong, wrong
 
@@ -181,6 +191,8 @@ CREATE = """
         file.write(data)
         return file.publish()
 """
+LISTS_LOSE_POWER = "test_kept_lists.test_what_is_not_durable_is_gone[a kexec]"
+WRONG_LIST = "list is not what the kernel recorded"
 MADE_BEFORE = "new_shard makes the boot directory's name durable before anything is in it"
 
 MUTANTS: dict[str, Mutant] = {
@@ -546,6 +558,110 @@ MUTANTS: dict[str, Mutant] = {
         """,
         controller_loses_power("a rotation"),
         "lost: the store acknowledged shard",
+    ),
+    # -- the lists kept whole on the host
+    "the lists are not synced": Mutant(_stitched, "file.sync()", "", LISTS_LOSE_POWER, WRONG_LIST),
+    "the lists are synced after they are remembered": Mutant(
+        _stitched,
+        """
+        file.sync()
+        size = file.offset if sequence else 0
+        noted = {"epoch": epoch, "inode": file.inode, "sequence": sequence, "size": size, "tail": file.tail(size)}
+        files = dict(_remembered(spool), **{file.name: noted})
+        _durable.replace(os.path.join(spool.directory, _STATE), canonical({"version": 1, "files": files}))
+        """,
+        """
+        size = file.offset if sequence else 0
+        noted = {"epoch": epoch, "inode": file.inode, "sequence": sequence, "size": size, "tail": file.tail(size)}
+        files = dict(_remembered(spool), **{file.name: noted})
+        _durable.replace(os.path.join(spool.directory, _STATE), canonical({"version": 1, "files": files}))
+        file.sync()
+        """,
+        LISTS_LOSE_POWER,
+        WRONG_LIST,
+    ),
+    "the lists' names are not synced": Mutant(
+        _stitched,
+        "os.fsync(self._folder)",
+        "",
+        LISTS_LOSE_POWER,
+        equivalent="a list that has no name after a power cut is made again from its beginning, and nobody has the "
+        "other one open any more",
+    ),
+    "the lists are remembered before they are written": Mutant(
+        _stitched,
+        """
+        for entry in epoch:
+            if entry.sequence > done:
+        """,
+        """
+        _remember(spool, file, first, epoch[-1].sequence)
+        for entry in epoch:
+            if entry.sequence > done:
+        """,
+        lists_are_struck("export and trim"),
+        "bytes were right",
+    ),
+    "the lists go on after a reboot": Mutant(
+        _stitched,
+        'if before and before["epoch"] != first:',
+        "if False:",
+        lists_are_struck("a reboot"),
+        "wrong bytes are there",
+    ),
+    "the lists are not emptied": Mutant(
+        _stitched,
+        """
+        file.cut_off(0)
+        before = _remember(spool, file, first, 0)
+        """,
+        "before = _remember(spool, file, first, 0)",
+        lists_are_struck("a reboot"),
+        "a death was taken for damage",
+    ),
+    "that the lists were emptied is not remembered": Mutant(
+        _stitched,
+        "before = _remember(spool, file, first, 0)",
+        "before = None",
+        lists_are_struck("a reboot"),
+        "bytes were right, 0 are left",
+    ),
+    "the end of the lists is not compared": Mutant(
+        _stitched,
+        'return bool(file.inode == noted["inode"] and file.size >= size and file.tail(size) == noted["tail"])',
+        'return bool(file.inode == noted["inode"] and file.size >= size)',
+        "test_stitched.test_what_should_not_be_there_is_mended_in_place_and_said[end]",
+        "is not what the kernel recorded",
+    ),
+    "the lists are mended with what was right before": Mutant(
+        _stitched,
+        "self.cut_off(self.offset + len(os.path.commonprefix([data, there])))",
+        "self.cut_off(self.offset)",
+        "test_kept_lists.test_what_was_right_stays_while_the_rest_is_mended[hole]",
+        "bytes were right",
+    ),
+    "what a failed fsync left of the lists is believed": Mutant(
+        _stitched,
+        "rest, at = memoryview(data), self.offset",
+        """
+        done = len(there) if right else 0
+        rest, at = memoryview(data)[done:], self.offset + done
+        """,
+        "test_kept_lists.test_what_a_failed_fsync_left_in_memory_is_written_again[binary_runtime_measurements]",
+        "counts as durable that is not",
+    ),
+    "a fault in the lists is let through": Mutant(
+        _stitched,
+        """
+        except (ImaError, OSError) as error:
+            notes.append(f"the stitched lists were not brought up to the cut: {error}")
+        """,
+        """
+        except ConfigError as error:
+            notes.append(f"the stitched lists were not brought up to the cut: {error}")
+        """,
+        lists_are_struck("export and trim"),
+        "a fault in the lists stopped the run|the error names neither step nor file",
     ),
 }
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Tally
-from shim import DONE, DROPPED, HIT, KILLS, MODES, UNHIT, Call, Scene, Work, fits, strike
+from shim import DONE, DROPPED, HIT, KILLS, MODES, UNHIT, Call, Run, Scene, Work, fits, strike
 
 from ansible_collections.integrity.ima.plugins.module_utils import _emulated
 from ansible_collections.integrity.ima.plugins.module_utils._snapshot import Cycle, utc_now
@@ -47,20 +47,23 @@ def sweep(
     modes: t.Sequence[str] = MODES,
     every: int = 1,
     full: t.Sequence[str] = (),
+    near: t.Callable[[Call], bool] = lambda call: True,
+    told: t.Callable[[str, Call, Run], None] = lambda mode, call, run: None,
 ) -> int:
-    """Strike at every call that a way of striking fits. A short run takes every ``every``-th of these points; with
-    ``full`` also all points of those ways, and one of each way at each kind of call."""
+    """Strike at every call that a way of striking fits. A short run takes every ``every``-th of those ``near`` enough;
+    with ``full`` also all points of those ways, and one of each way at each kind of call. ``told`` judges the run."""
     scene.restore()
     calls = strike(scene.host, work).calls
     assert calls
     points = [(mode, number) for mode in modes for number in fitting(mode, calls)]
     if not LONG:
+        points = [(mode, number) for mode, number in points if near(calls[number - 1])]
         kinds = {(mode, calls[number - 1].kind): (mode, number) for mode, number in points if full}
         chosen = {*points[::every], *kinds.values(), *(point for point in points if point[0] in full)}
         points = [point for point in points if point in chosen]
     for mode, number in points:
         scene.restore()
-        hit(scene.host, work, mode, number, calls[number - 1], check)
+        hit(scene.host, work, mode, number, calls[number - 1], check, told)
     # The last call was among them.
     scene.restore()
     past = strike(scene.host, work, len(calls) + 1, KILLS[0])
@@ -74,7 +77,15 @@ def fitting(mode: str, calls: t.Sequence[Call]) -> list[int]:
     return [number for number, call in enumerate(calls, 1) if fits(mode, call)]
 
 
-def hit(host: Host, work: Work, mode: str, number: int, call: Call, check: t.Callable[[Host], None]) -> None:
+def hit(
+    host: Host,
+    work: Work,
+    mode: str,
+    number: int,
+    call: Call,
+    check: t.Callable[[Host], None],
+    told: t.Callable[[str, Call, Run], None],
+) -> None:
     """One crash point: the fault is delivered, the error is one of ours, and a clean run recovers."""
     run = strike(host, work, number, mode)
     where = f"{mode} at call {number} ({call.kind} {os.path.basename(call.path)}, then {run.answer or 'no error'})"
@@ -84,6 +95,7 @@ def hit(host: Host, work: Work, mode: str, number: int, call: Call, check: t.Cal
     if run.answer.startswith("OSError") and not mode.endswith("for ever"):
         assert call.kind in LOOKING, f"{where}: the error names neither step nor file"
     try:
+        told(mode, call, run)
         check(host)
     except BaseException as error:
         raise AssertionError(f"{where}: {error}") from error

@@ -80,6 +80,9 @@ class Scene:
             shutil.copytree(self.kernel, copy)
         _emulated.reboot(self._rebooted)
 
+    def cuts(self, machine: str) -> list[Cut]:
+        return self.recorder.cuts(machine, self.start)
+
     def promised(self, cut: Cut) -> Promises:
         return Promises(self.recorder.events[: cut.prefix])
 
@@ -608,7 +611,7 @@ def bounded(cuts: list[Cut], most: int) -> list[Cut]:
 def survive(scene: Scene, machine: str, most: int = MOST) -> int:
     """Every power cut of a machine is survived; how many distinct states there were."""
     check = getattr(scene, machine)
-    cuts = bounded(scene.recorder.cuts(machine, scene.start), most)
+    cuts = bounded(scene.cuts(machine), most)
     for cut in cuts:
         wrong = complaint(check, cut)
         if wrong:

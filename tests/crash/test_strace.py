@@ -22,12 +22,13 @@ from pathlib import Path
 
 import pytest
 from conftest import Tally
-from shim import Run, Scene, Shim, Work, ended, started, strike
+from shim import WRITING, Run, Scene, Shim, Work, ended, started, strike
 from test_points import LONG, all_gone, export_and_trim, no_loss
 
 from ansible_collections.integrity.ima.plugins.module_utils import _emulated
 from ansible_collections.integrity.ima.plugins.module_utils._securityfs import Lists
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
+from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._stitched_support import Stitching
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import TRIMMING, Host
 
 STRACE = shutil.which("strace")
@@ -41,6 +42,7 @@ CALLS = (
     "chmod fchmod fchmodat chown fchown fchownat lchown utimensat setxattr fsetxattr lsetxattr"
 ).split()
 SAME = {"openat": "open", "renameat": "rename", "renameat2": "rename", "linkat": "link", "mkdirat": "mkdir"}
+SAME["pwrite64"] = "pwrite"
 LINE = re.compile(r"(?P<pid>\d+) +(?P<name>\w+)\((?P<args>.*)(?:\) += (?P<result>-?\d+|\?).*|<unfinished \.\.\.>)\Z")
 DESCRIPTOR = re.compile(r"(?:AT_FDCWD|\d+)<(?P<path>[^>]*)>")
 NAME = re.compile(r'"(?P<path>[^"]*)"')
@@ -66,7 +68,7 @@ class Seen(t.NamedTuple):
 
     @property
     def size(self) -> int:
-        return int(self.result) if self.name == "write" else 0
+        return int(self.result) if self.name in WRITING else 0
 
     def below(self, directory: str) -> bool:
         return bool(self.paths) and (self.paths[0] + "/").startswith(directory + "/")
@@ -102,7 +104,7 @@ def read_trace(path: Path) -> list[Seen]:
         pids.add(found["pid"])
         name, args = found["name"], found["args"]
         counts[name] = counts.get(name, 0) + 1
-        if name == "write":
+        if name in ("write", "pwrite64"):
             args = args.split(",")[0]  # not what was written
         seen.append(Seen(name, counts[name], found["result"] or "?", args, paths_of(args)))
     assert len(pids) == 1, "it started other processes"
@@ -145,13 +147,15 @@ def prepared(root: Path, flavour: str, *, new: bool = False) -> Host:
 
 def both(host: Host, work: Work, log: Path) -> tuple[list[tuple[t.Any, ...]], list[tuple[t.Any, ...]]]:
     """What changed files in the spool: as the shim has it, and as strace."""
-    run, seen = traced(host, work, log, Shim(host.spool, durable=True))
+    lists = getattr(host, "lists", "")
+    run, seen = traced(host, work, log, Shim(host.spool, durable=True, lists=lists))
     assert run.answer == ""
     real = [each for each in seen if each.changes and each.result != "-1"]
     elsewhere = {each.paths[0] for each in real if not each.below(host.root) and not each.paths[0].startswith("pipe:")}
     assert elsewhere == set(), "it writes outside of the spool"
     ours = [(call.name, *filter(None, (call.path, call.other)), call.size) for call in run.done if call.path]
-    theirs = [(each.name, *each.paths, each.size) for each in real if each.below(host.spool)]
+    there = [each for each in real if each.below(host.spool) or (lists and each.below(lists))]
+    theirs = [(each.name, *each.paths, each.size) for each in there]
     return [each for each in ours if each[0] != "close"], theirs
 
 
@@ -171,6 +175,19 @@ def test_nothing_writes_past_the_shim(tmp_path: Path, flavour: str, new: bool, w
     assert ours == theirs
     assert {name for name, *_rest in ours} >= {"open", "write", "fsync", "link", "rename", "unlink"}
     assert len(ours) >= 50
+
+
+@needs_strace
+@pytest.mark.parametrize("new", [True, False])
+def test_nothing_writes_past_the_shim_with_lists_kept_whole(tmp_path: Path, new: bool) -> None:
+    host = Stitching(tmp_path, count=2)
+    if not new:
+        host.run()
+        host.reboot()
+    ours, theirs = both(host, export_and_trim, tmp_path / "trace")
+    assert ours == theirs
+    assert sum(name == "pwrite" for name, *_rest in ours) == 2
+    assert sum(name == "ftruncate" for name, *_rest in ours) == (0 if new else 2)
 
 
 @needs_strace

@@ -17,9 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ansible_collections.integrity.ima.plugins.module_utils import _durable, _host, _stitched
-from ansible_collections.integrity.ima.plugins.module_utils import _measurement_list as ml
 from ansible_collections.integrity.ima.plugins.module_utils._snapshot import utc_now
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
+from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._stitched_support import (
+    NAMES,
+    RustReader,
+    Stitching,
+    ascii_of,
+    right,
+)
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import (
     FLAVOURS,
     TRIMMING,
@@ -28,40 +34,7 @@ from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support 
     parse,
 )
 
-NAMES = (_stitched.BINARY, _stitched.ASCII)
 CALLS = ("open", "pwrite", "pread", "ftruncate", "fsync", "fchmod", "link", "rename", "write", "close")
-
-
-class Stitching(Host):
-    """A host that keeps stitched lists."""
-
-    def __init__(self, root: Path | str, *words: t.Any, **more: t.Any) -> None:
-        self.lists = os.path.join(str(root), "lists")
-        os.makedirs(self.lists, mode=0o750)
-        super().__init__(root, *words, **more)
-
-    def configure(self, **keys: str) -> None:
-        super().configure(**keys)
-        with open(self.conf, "a", encoding="utf-8") as file:
-            file.write(f"[stitched]\ndirectory = {self.lists}\n")
-
-    def path(self, name: str) -> Path:
-        return Path(self.lists, name)
-
-    def inodes(self) -> list[int]:
-        return [self.path(name).stat().st_ino for name in NAMES]
-
-
-def ascii_of(raw: bytes) -> bytes:
-    return b"".join(ml.to_ascii(record, ml.SHA1.byte_order) for record in parse(raw))
-
-
-def right(host: Stitching) -> None:
-    """Both lists hold what the kernel recorded since the epoch began, up to the cut."""
-    cut = Spool(host.spool).epoch[-1].end
-    whole = b"".join(record.raw for record in parse(host.truth())[:cut])
-    assert host.path(_stitched.BINARY).read_bytes() == whole
-    assert host.path(_stitched.ASCII).read_bytes() == ascii_of(whole)
 
 
 def prune(host: Stitching) -> None:
@@ -158,29 +131,6 @@ def test_a_reboot_begins_them_anew_in_place_and_a_kexec_that_carries_the_list_go
 
 
 # -- readers that keep them open ------------------------------------------------------------------------------------
-
-
-class RustReader:
-    """How rust-keylime's MeasurementList reads: one open file, seek to a known place, lines from an entry on."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("rb")
-        self._known: set[tuple[int, int]] = set()
-
-    def read(self, nth: int) -> tuple[bytes, int]:
-        entries, size = max((each for each in self._known if each[0] < nth), default=(0, 0))
-        self._file.seek(size)
-        data = self._file.read()
-        offset, found = 0, None
-        while True:
-            found = data[offset:] if entries == nth else found
-            end = data.find(b"\n", offset)
-            if end < 0:
-                break
-            offset, entries = end + 1, entries + 1
-        self._known.add((entries, size + offset))
-        assert found is not None, "the verifier asked for an entry that the list had lost"
-        return found, entries
 
 
 class PythonReader:
