@@ -12,6 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 logs=${MOLECULE_LOGS:-$PWD/../../../molecule}
 mkdir -p "$logs"
 unset ANSIBLE_CONFIG PYTHONPATH ANSIBLE_INVENTORY
+# Molecule's own choice is the same for every checkout: two runs would share their hosts.
+home=$HOME/.ansible/tmp/molecule.$(pwd -P | sha256sum | head -c 8)
 export NO_COLOR=1 ANSIBLE_NOCOLOR=1 ANSIBLE_NOCOWS=1 LC_ALL=C.UTF-8
 if [ $# -eq 0 ]; then set -- default stores faults upgrade schedule; fi
 
@@ -30,6 +32,8 @@ lacks() { # what this machine has not: it goes without the scenario then
     fi
 }
 
+kept() { [ "${KEEP:-0}" = 1 ]; }
+
 outcomes=() failed=0
 for scenario in "$@"; do
     reason=$(lacks "$scenario")
@@ -40,13 +44,18 @@ for scenario in "$@"; do
     fi
     printf -- '--- molecule %s\n' "$scenario"
     began=$SECONDS
-    if molecule test --scenario-name "$scenario" --destroy "$([ "${KEEP:-0}" = 1 ] && echo never || echo always)" > "$logs/$scenario.log" 2>&1; then
+    export MOLECULE_EPHEMERAL_DIRECTORY=$home.$scenario
+    # "never" would go on with what an earlier run left
+    if kept; then molecule destroy --scenario-name "$scenario" > "$logs/$scenario.log" 2>&1; fi
+    if molecule test --scenario-name "$scenario" --destroy "$(kept && echo never || echo always)" > "$logs/$scenario.log" 2>&1; then
         outcomes+=("$(printf 'PASSED: molecule %-10s %4d s' "$scenario" $((SECONDS - began)))")
         grep -o 'Overall exposure level.*' "$logs/$scenario.log" | sort -u | sed 's/"\?,\?$//'
+        if kept; then molecule destroy --scenario-name "$scenario" >> "$logs/$scenario.log" 2>&1; fi
     else
         failed=1
         tail -n 100 "$logs/$scenario.log"
         outcomes+=("$(printf 'FAILED: molecule %-10s %4d s  %s' "$scenario" $((SECONDS - began)) "$logs/$scenario.log")")
+        if kept; then outcomes+=("its hosts: export MOLECULE_EPHEMERAL_DIRECTORY=$MOLECULE_EPHEMERAL_DIRECTORY"); fi
     fi
 done
 printf '\n'
