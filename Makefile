@@ -87,10 +87,11 @@ test:
 	printf '\nPASSED: lint, sanity, units, test-crash, test-stores, integration, artefact-test in %d s\n' $$((SECONDS - start))
 
 lint: $(TEST_STAMP) stage
-	$(call title,lint: ruff mypy yamllint ansible-lint role specs schemas)
+	$(call title,lint: ruff mypy yamllint ansible-lint role specs schemas links)
 	@tests/tools/lint.sh $(VENV) $(STAGE) $(BUILD)/cache
 	@echo '--- role specs'; $(BIN)/python $(STAGE)/tests/tools/check_role_specs.py
 	@echo '--- schemas'; $(BIN)/python $(STAGE)/tests/tools/write_schemas.py --check
+	@echo '--- links'; $(BIN)/python $(STAGE)/tests/tools/check_links.py
 
 sanity: $(TEST_STAMP) stage
 	$(call title,sanity: ansible-test sanity)
