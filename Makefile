@@ -8,6 +8,7 @@
 # make test-crash    killed, failed, cut off and raced everywhere; LONG=1 takes every call and 200,000 steps (half an hour)
 # make test-mutation each small change of the cycle, the spool and the verifier against the unit tests; goes on where it stopped (2 hours)
 # make test-stores   the stores with a real S3 server and a real sshd
+# make test-eda      the event source in a real ansible-rulebook, as root; needs Java 17
 # make molecule      the scenarios of extensions/molecule on hosts of their own, as root; MOLECULE="default faults" narrows it
 # make units-oldest  the unit tests of modules and module_utils on the oldest target Python that this machine has
 #                    SANITY="--test validate-modules" and UNITS="tests/unit/plugins/module_utils/test_x.py" narrow them
@@ -86,10 +87,11 @@ test:
 	printf '\nPASSED: lint, sanity, units, test-crash, test-stores, integration, artefact-test in %d s\n' $$((SECONDS - start))
 
 lint: $(TEST_STAMP) stage
-	$(call title,lint: ruff mypy yamllint ansible-lint role specs schemas)
+	$(call title,lint: ruff mypy yamllint ansible-lint role specs schemas links)
 	@tests/tools/lint.sh $(VENV) $(STAGE) $(BUILD)/cache
 	@echo '--- role specs'; $(BIN)/python $(STAGE)/tests/tools/check_role_specs.py
 	@echo '--- schemas'; $(BIN)/python $(STAGE)/tests/tools/write_schemas.py --check
+	@echo '--- links'; $(BIN)/python $(STAGE)/tests/tools/check_links.py
 
 sanity: $(TEST_STAMP) stage
 	$(call title,sanity: ansible-test sanity)
@@ -134,6 +136,19 @@ test-mutation: $(TEST_STAMP)
 test-stores: $(TEST_STAMP) collection
 	$(call title,test-stores: tests/stores)
 	@PYTHONPATH=$(abspath $(BUILD)) ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) tests/stores/run.sh $(BIN) $(STORES)
+
+# ansible-rulebook has an environment of its own.
+EDA_VENV := $(abspath $(BUILD))/eda-venv
+EDA_STAMP := $(EDA_VENV)/.installed-$(PYVER)
+
+$(EDA_STAMP): requirements/eda.txt requirements/demo.txt tests/tools/venv.sh
+	@tests/tools/venv.sh "$(PYTHON)" $(EDA_VENV) requirements/eda.txt
+	@touch $@
+
+.PHONY: test-eda
+test-eda: $(EDA_STAMP) collection
+	$(call title,test-eda: tests/eda)
+	@ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) nice -n 10 tests/eda/run.sh $(EDA_VENV)/bin
 
 # A newcomer's way: the artefact in an empty environment, then the tutorial.
 .PHONY: artefact-test

@@ -126,7 +126,7 @@ else
             chmod 0440 "$sudoers"
             remote_user=$user become=true method=sudo
         else
-            echo 'note: no sudo here: connecting as root, become by su'
+            echo 'SKIPPED: nobody to become root: there is no sudo or no useradd here (Debian: sudo, passwd). As root, become by su'
             remote_user=root become=true method=su
         fi
     else
@@ -258,6 +258,14 @@ fi
 grep -q 'somebody else trimmed' "$work/fatal" || { cat "$work/fatal" && exit 1; }
 play -i "$work/inventory" -e "@$work/role.json" -e '{"expect": {"documents": 4, "present": ["export", "stage"], "missing": ["delete"]}}' \
     "$here/playbooks/role.yml"
+
+section 'the role: one batch after the other, each with its document'
+role '{"documents": 6, "present": ["export", "stage"], "missing": []}' "$here/playbooks/main.yml" -e batch=1 --limit export,stage,localhost
+
+section 'the role: what is wrong in its variables is named'
+# each mistake is an error, and is rescued
+expected_warnings="$expected_warnings|ERROR.*Task failed" play -i localhost, "$here/playbooks/preflight.yml" \
+    -e "work=$work controller_python=$python"
 
 section 'the role: remove leaves evidence, unless told twice'
 play -i "$work/inventory" -e "@$work/role.json" --limit 'stage,export,localhost' "$here/playbooks/remove.yml"

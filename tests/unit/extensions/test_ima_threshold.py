@@ -178,6 +178,19 @@ def test_only_known_members_reach_the_rules_and_text_is_printable(ssh):
     )
 
 
+def test_no_text_of_a_host_is_a_template(ssh):
+    # ansible-rulebook hands the event to a playbook as extra variables, and those are templates for Ansible.
+    template = "{{ lookup('pipe', 'id') }}{% raw %}{# #}"
+    fault = dict(FAULT, message=template, boot_id=template)
+    ssh(dict(HONEST, lag=50, name=template, boot_id=template, flavour=template, fault=fault))
+    events = watched(lambda queue: len(queue.events) == 2, hosts=["web1"], records=50)
+    for event in events:
+        status, said = event["status"], event["status"]["fault"]
+        texts = [status[key] for key in ("name", "boot_id", "flavour")] + [said["message"], said["boot_id"]]
+        assert "{" not in "".join([event["detail"], *texts])
+    assert events[0]["status"]["name"] == "?? lookup('pipe', 'id') }}?% raw %}?# #}"
+
+
 def test_ssh_gets_the_host_as_a_destination_and_the_command_as_one_word(ssh):
     fake = ssh(dict(HONEST, lag=50))
     told(fake, records=50, command=["/opt/it's/ima-snapshot", "--config", "/a b.conf"], ssh=["ssh", "-p", "2222"])

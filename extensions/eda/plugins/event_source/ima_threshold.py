@@ -23,7 +23,8 @@ description:
     threshold that was passed must first be kept again, a fault must become another one.
   - A host that does not answer makes an event, too, with V(unreachable) as the reason.
   - Hosts are asked with the OpenSSH client, in batch mode, with the keys and the configuration of the user who runs
-    this. What they answer is bounded and checked.
+    this. What they answer is bounded and checked. In text of theirs a question mark stands for what cannot be printed
+    and for each opening brace, so that no template of a host gets into a playbook.
 options:
   hosts:
     description:
@@ -238,7 +239,9 @@ def checked(data: bytes) -> Status:
 
 def _text(value: t.Any, longest: int) -> str:
     _require(isinstance(value, str) and len(value) <= longest)
-    return "".join(char if char.isprintable() else "?" for char in value)
+    # ansible-rulebook hands events to playbooks as extra variables, and Ansible takes those for templates.
+    # None begins without a brace.
+    return "".join(char if char.isprintable() and char != "{" else "?" for char in value)
 
 
 def reasons(status: Status, limits: dict[str, int]) -> Found:

@@ -1,0 +1,43 @@
+# Copyright (c) 2026, The integrity.ima authors
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The units of the role, as text: what no scenario with an emulated kernel would notice."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+TEMPLATES = Path(__file__).resolve().parents[3] / "roles/ima_snapshot/templates"
+HARDENING = "{% include 'hardening.j2' %}"
+
+
+def settings(name: str) -> list[tuple[str, str]]:
+    """Key and value of each line that systemd reads, what is included with it."""
+    text = (TEMPLATES / name).read_text(encoding="utf-8")
+    text = text.replace(HARDENING, (TEMPLATES / "hardening.j2").read_text(encoding="utf-8"))
+    return re.findall(r"^([A-Za-z]+)=(.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["ima-snapshot-export.service.j2", "ima-snapshot-shutdown.service.j2"])
+def test_sys_stays_writable_for_what_trims(name):
+    found = settings(name)
+    # strict leaves /sys as it is; each of the others makes it, or securityfs below it, read-only or hides it
+    assert ("ProtectSystem", "strict") in found
+    keys = {key for key, _value in found}
+    assert not keys & {"ProtectKernelTunables", "ReadOnlyPaths", "InaccessiblePaths", "TemporaryFileSystem"}
+    assert not keys & {"MountAPIVFS", "RootDirectory", "RootImage", "DynamicUser", "PrivateUsers", "User"}
+    (capabilities,) = (value for key, value in found if key == "CapabilityBoundingSet")
+    assert "CAP_SYS_ADMIN" in capabilities.split()
+
+
+def test_the_tail_is_exported_before_the_file_systems_go():
+    found = settings("ima-snapshot-shutdown.service.j2")
+    # systemd-kexec, -reboot, -poweroff and -halt all require shutdown.target: what conflicts with it is stopped first
+    assert ("Conflicts", "shutdown.target") in found and ("Before", "sysinit.target shutdown.target") in found
+    assert ("After", "local-fs.target") in found and ("RemainAfterExit", "true") in found
+    (stop,) = (value for key, value in found if key == "ExecStop")
+    assert stop.endswith(" export"), "all of it, not only what is due"
