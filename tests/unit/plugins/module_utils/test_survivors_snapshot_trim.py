@@ -185,3 +185,21 @@ def test_the_values_are_reached_when_those_of_all_pcrs_hold(tmp_path: Path) -> N
     host.export()
     assert sorted(host.state().pcrs) == ["10", "11"]
     assert observed(host)[-1] == {"pcrs": host.state().pcrs, "index": 7}
+
+
+@pytest.mark.parametrize("when", ["first export", "later"])
+def test_a_tpm_that_goes_away_while_it_is_asked_accuses_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Its banks are still named, and none of its PCRs is there any more: that says nothing about the list."""
+    host = Host(tmp_path, count=3)
+    if when == "later":
+        host.export()
+        host.grow(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(_emulated.EmulatedFiles, "pcr", lambda self, bank, index: None)
+        assert host.cycle().observe() is None
+        host.export()
+    assert observed(host)[-1] is None
+    assert (host.faults(), host.cycle().blocked()) == ([], None)
+    oracle(host)
