@@ -54,14 +54,15 @@ attributes:
       - It writes no files.
 """
 
-    # For the members of the action groups (meta/runtime.yml). Used together with DOCUMENTATION. All modules of a group
-    # have the option that it is made for.
+    # For the members of the action groups (meta/runtime.yml): all modules of a group have the option that it is made for.
+    # Used together with DOCUMENTATION. A module of both groups names both fragments, and states the membership itself.
     ACTIONGROUP_IMA = r"""
 options: {}
 attributes:
   action_group:
     description:
-      - Takes the default of O(config) from C(group/integrity.ima.ima) in C(module_defaults).
+      - Takes the default of an option from C(module_defaults), C(config) from C(group/integrity.ima.ima) and C(store)
+        from C(group/integrity.ima.stores).
     membership:
       - integrity.ima.ima
     support: full
@@ -72,21 +73,9 @@ options: {}
 attributes:
   action_group:
     description:
-      - Takes the default of O(store) from C(group/integrity.ima.stores) in C(module_defaults).
+      - Takes the default of an option from C(module_defaults), C(config) from C(group/integrity.ima.ima) and C(store)
+        from C(group/integrity.ima.stores).
     membership:
-      - integrity.ima.stores
-    support: full
-"""
-
-    ACTIONGROUP_IMA_STORES = r"""
-options: {}
-attributes:
-  action_group:
-    description:
-      - Takes the default of O(config) from C(group/integrity.ima.ima) in C(module_defaults), and that of O(store) from
-        C(group/integrity.ima.stores).
-    membership:
-      - integrity.ima.ima
       - integrity.ima.stores
     support: full
 """

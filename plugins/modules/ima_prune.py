@@ -20,10 +20,15 @@ description:
   - Manifests stay, so that the host can always prove its chain. Nothing in the store is ever removed.
 extends_documentation_fragment:
   - integrity.ima._attributes
-  - integrity.ima._attributes.actiongroup_ima_stores
+  - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._attributes.actiongroup_stores
   - integrity.ima._config
   - integrity.ima._store
 attributes:
+  action_group:
+    membership:
+      - integrity.ima.ima
+      - integrity.ima.stores
   check_mode:
     support: full
   diff_mode:

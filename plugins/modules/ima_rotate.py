@@ -21,11 +21,16 @@ description:
   - The host needs no credentials of the store. The name of the store is the only thing that it learns of it.
 extends_documentation_fragment:
   - integrity.ima._attributes
-  - integrity.ima._attributes.actiongroup_ima_stores
+  - integrity.ima._attributes.actiongroup_ima
+  - integrity.ima._attributes.actiongroup_stores
   - integrity.ima._config
   - integrity.ima._store
   - integrity.ima._store.key
 attributes:
+  action_group:
+    membership:
+      - integrity.ima.ima
+      - integrity.ima.stores
   check_mode:
     support: full
   diff_mode:

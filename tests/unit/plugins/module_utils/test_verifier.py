@@ -733,6 +733,7 @@ def test_a_fleet(store: DirectoryStore) -> None:
     assert result["verdict"] == "consistent" and sorted(result["hosts"]) == ["h", "i"]
     assert result["counts"] == {"attested": 0, "consistent": 2, "stale": 0, "broken": 0}
     assert result["changed"] is False
+    assert list(verify_fleet(store, ["i", "h"], 0, [])["hosts"]) == ["h", "i"], "in the same order each time"
     json.dumps(result)
     with pytest.raises(Unfit) as caught:
         verify_fleet(store, None, 0, ["consistent"])
