@@ -54,7 +54,7 @@ attributes:
       - It writes no files.
 """
 
-    # For the members of the action groups (meta/runtime.yml): all modules of a group have the option that it is made for.
+    # For the members of the action groups (meta/runtime.yml): each module of a group has the option that it is for.
     # Used together with DOCUMENTATION. A module of both groups names both fragments, and states the membership itself.
     ACTIONGROUP_IMA = r"""
 options: {}
