@@ -126,7 +126,7 @@ def check_quote(attest: bytes, signature: bytes, key: str, extra: bytes, values:
     """Check a quote wholly: signature by ``key`` (PEM), qualifying data, and that it covers just ``values``.
 
     Raises :class:`QuoteError` with reason ``malformed_quote``, ``quote_signature``, ``quote_nonce``, ``quote_pcrs`` or
-    ``quote_coverage``; ``no_cryptography`` where the library is missing.
+    ``quote_coverage``; ``no_cryptography`` where the library is missing or too old.
     """
     quote = parse_attest(attest)
     algorithm = _check_signature(attest, signature, key)
@@ -156,6 +156,7 @@ def _check_signature(attest: bytes, signature: bytes, key: str) -> str:
     """Verify a TPMT_SIGNATURE over ``attest``; return its hash algorithm."""
     try:
         from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+        from cryptography.hazmat.backends import default_backend
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
     except ImportError as error:
@@ -170,13 +171,17 @@ def _check_signature(attest: bytes, signature: bytes, key: str) -> str:
         raise QuoteError("The signature's hash is not one that can be trusted", reason="quote_signature")
     chosen = {"sha256": hashes.SHA256(), "sha384": hashes.SHA384(), "sha512": hashes.SHA512()}[algorithm]
     try:
-        public = serialization.load_pem_public_key(key.encode("ascii"))
+        # before 3.1 the library wants its backend named
+        public = serialization.load_pem_public_key(key.encode("ascii"), default_backend())
         if isinstance(public, rsa.RSAPublicKey) and scheme in (_RSASSA, _RSAPSS):
-            pss = padding.PSS(padding.MGF1(chosen), padding.PSS.AUTO)
-            scheme_padding = padding.PKCS1v15() if scheme == _RSASSA else pss
             data = reader.sized()
             reader.end()
-            public.verify(data, attest, scheme_padding, chosen)
+            if scheme == _RSASSA:
+                public.verify(data, attest, padding.PKCS1v15(), chosen)
+            elif hasattr(padding.PSS, "AUTO"):
+                public.verify(data, attest, padding.PSS(padding.MGF1(chosen), padding.PSS.AUTO), chosen)
+            else:  # a TPM's salt has one of two lengths, which an older library cannot find out
+                raise QuoteError("Checking an RSA-PSS quote needs cryptography 37 or newer", reason="no_cryptography")
         elif isinstance(public, ec.EllipticCurvePublicKey) and scheme == _ECDSA:
             r, s = (int.from_bytes(reader.sized(), "big") for _part in "rs")
             reader.end()

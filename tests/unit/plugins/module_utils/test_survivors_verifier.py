@@ -36,6 +36,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._verifier import (
 )
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils import _store_support as support
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import parse
+from ansible_collections.integrity.ima.tests.unit.plugins.module_utils.test_tpm import SoftTpm
 
 # The history that all tests begin with. Sequence, first, count; the host was booted before the last.
 SHAPE = [(1, 0, 7), (2, 7, 7), (3, 14, 7), (4, 21, 7), (5, 0, 7)]
@@ -578,9 +579,8 @@ class Quoted:
     """A host of two boots, each in one shard of three records, whose software TPM signs what a test wants."""
 
     def __init__(self, directory: Path) -> None:
-        tpm = pytest.importorskip("ansible_collections.integrity.ima.tests.unit.plugins.module_utils.test_tpm")
         self.store, self.host = support.new_store(directory / "store"), support.Host(directory / "h")
-        self.tpm = tpm.SoftTpm(self.host, self.store)
+        self.tpm = SoftTpm(self.host, self.store)
         self.tpm.enroll()
         self.rotate()
 

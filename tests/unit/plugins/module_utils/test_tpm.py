@@ -17,6 +17,8 @@ import typing as t
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from ansible_collections.integrity.ima.plugins.module_utils import _emulated, _tpm
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
@@ -27,10 +29,6 @@ from ansible_collections.integrity.ima.plugins.module_utils._store._directory im
 from ansible_collections.integrity.ima.plugins.module_utils._tpm import QuoteError, check_quote, parse_attest
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import verify
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils import _store_support as support
-
-rsa = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.rsa")
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import padding
 
 CAPTURES = Path(__file__).resolve().parents[3] / "fixtures" / "captures" / "kernel-lab"
 QUOTES = sorted((path.parent, path.stem) for path in CAPTURES.glob("*/quote*.msg"))
@@ -102,6 +100,21 @@ def test_each_refusal_has_its_reason() -> None:
     assert refused(good._replace(values={})) == "quote_pcrs"
     assert refused(good._replace(values=dict(good.values, **{"23": {"sha256": "00" * 32}}))) == "quote_coverage"
     assert refused(good._replace(attest=b"\xffTCG\x80\x14" + good.attest[6:])) == "malformed_quote"
+
+
+def test_an_old_library_checks_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distributions have it without PSS.AUTO beside Python 3.9, and with a backend to be named beside Python 3.8."""
+    load = serialization.load_pem_public_key
+
+    def load_as_of_old(data: bytes, backend: t.Any) -> t.Any:
+        return load(data, backend)
+
+    monkeypatch.setattr(serialization, "load_pem_public_key", load_as_of_old)
+    monkeypatch.delattr(padding.PSS, "AUTO", raising=False)
+    good = real(*QUOTES[0])
+    assert check_quote(*good).safe
+    pss = good.signature[:1] + b"\x16" + good.signature[2:]
+    assert good.signature[:2] == b"\x00\x14" and refused(good._replace(signature=pss)) == "no_cryptography"
 
 
 @pytest.mark.skipif(not shutil.which("tpm2_checkquote"), reason="tpm2_checkquote (tpm2-tools) is not installed")
