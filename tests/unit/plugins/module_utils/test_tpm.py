@@ -105,7 +105,11 @@ def test_each_refusal_has_its_reason() -> None:
 def test_an_old_library_checks_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """Distributions have it without PSS.AUTO beside Python 3.9, and with a backend to be named beside Python 3.8."""
     load = serialization.load_pem_public_key
-    monkeypatch.setattr(serialization, "load_pem_public_key", lambda data, backend: load(data, backend))
+
+    def load_as_of_old(data: bytes, backend: t.Any) -> t.Any:
+        return load(data, backend)
+
+    monkeypatch.setattr(serialization, "load_pem_public_key", load_as_of_old)
     monkeypatch.delattr(padding.PSS, "AUTO", raising=False)
     good = real(*QUOTES[0])
     assert check_quote(*good).safe
