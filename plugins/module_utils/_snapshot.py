@@ -646,11 +646,11 @@ class Cycle:
         content, name = anchor_content(manifest, digest), anchor_name(manifest, digest)
         path = os.path.join(self.spool.anchors, name)
         made = _durable.create(path, content)
-        index = None if made else self._find(path)
+        index = None if made else self._find(path, write=True)
         if index is None:
             with _durable.failing(path, "have the kernel measure"):
                 self.lists.files.measure(path)
-            index = self._find(path)
+            index = self._find(path, write=True)
         return Anchor(name, _durable.digest_of(path), index, made)
 
     def _head(self) -> Entry:
@@ -664,13 +664,16 @@ class Cycle:
             )
         return head
 
-    def _find(self, path: str) -> int | None:
-        """Return the index of the record of an anchor, which can only stand behind the cut."""
+    def _find(self, path: str, write: bool = False) -> int | None:
+        """Return the index of the record of an anchor, which can only stand behind the cut.
+
+        ``write``: a hole that is found on the way is noted in the journal, so that it outlives a reboot.
+        """
         anchors = {as_recorded(path): os.path.basename(path)}
         observed = self.observe()
         with self.lists.view() as file:
             view = _Buffered(file)
-            place = self.locate(view, observed)
+            place = self._locate_noting(view, observed) if write else self.locate(view, observed)
             for record in read(view.read, SHA1, first_index=place.cut):
                 if self._recognise(record, anchors):
                     return record.index

@@ -284,7 +284,9 @@ class Ledger:
             # Without a TPM a list of which nothing was left looks like that of a cold boot.
             anew = {0} if first == len(old) and not self.tpm else set()
             self._begin(self.epoch, anew | {shift + first for shift in old.shifts})
-            if pending:
+            if pending and anew:
+                self.blind = True
+            elif pending:
                 self.lost[self.boot_id] = pending
             return
         joined = set() if lossy or not self.tpm else self.epoch

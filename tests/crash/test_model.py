@@ -604,3 +604,30 @@ def test_a_named_hole_is_not_forgotten(tmp_path: Path, store: DirectoryStore, fa
         assert model.rotate(host, store).reason == "list_busy"
         agent.close()
     assert verdict_on(host, store).verdict == "broken"
+
+
+def test_a_hole_that_was_found_for_an_anchor_is_not_forgotten(
+    tmp_path: Path, store: DirectoryStore, fast: None
+) -> None:
+    """The host is asked for an anchor, says foreign_trim, and reboots before anything is exported."""
+    host = support.Host(tmp_path / "h")
+    assert model.rotate(host, store).reason == ""
+    _emulated.reboot(host.kernel)
+    _emulated.foreign_trim(host.kernel, 1)
+    with pytest.raises(ImaError) as caught:
+        _host.aggregate(config_of(host), True, False)
+    assert caught.value.reason == "foreign_trim"
+    _emulated.reboot(host.kernel)
+    model.rotate(host, store)
+    assert verdict_on(host, store).reason == "foreign_trim"
+
+
+def test_a_loss_before_the_first_export_is_gone_with_an_empty_list() -> None:
+    """As docs/concepts.md says under "Limits": without a TPM, and a kexec that carries an empty list over."""
+    state = History()
+    state.begin(kind="delete_n", banks=[], padded=False, policy="local", shard_records=1, dangers="foreign")
+    with model.quick():
+        state.foreign(count=1)
+        state.kexec(carry_over=True)
+        state.settle()
+        state.teardown()
