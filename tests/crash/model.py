@@ -281,8 +281,10 @@ class Ledger:
                 # docs/PROTOCOL.md, reset_count: that the boot before began with a reset is not known without a TPM.
                 self.hazards.append("kexec of a boot without shards")
                 self.blind = True
-            # Without a TPM a list of which nothing was left looks like that of a cold boot.
-            anew = {0} if first == len(old) and not self.tpm else set()
+            # Without a TPM a list of which nothing was left looks like that of a cold boot, and so does one that was
+            # trimmed up to the record of a file called boot_aggregate.
+            cold = first == len(old) or (first > 0 and b"boot_aggregate" in old.raw(first, first + 1))
+            anew = {0} if cold and not self.tpm else set()
             self._begin(self.epoch, anew | {shift + first for shift in old.shifts})
             if pending and anew:
                 self.blind = True

@@ -631,3 +631,16 @@ def test_a_loss_before_the_first_export_is_gone_with_an_empty_list() -> None:
         state.kexec(carry_over=True)
         state.settle()
         state.teardown()
+
+
+def test_a_file_called_boot_aggregate_begins_a_boot_without_a_tpm() -> None:
+    """As docs/concepts.md says under "Limits": its record is the list's first when a kexec carries the list over."""
+    state = History()
+    state.begin(kind="delete_n", banks=[], padded=False, policy="local", shard_records=1, dangers="")
+    with model.quick():
+        state.rotate(anchor=False, chunk_bytes=4096, plan={})
+        state.odd(name="boot_aggregate", pcr=None, template="")
+        state.kexec(carry_over=True)
+        state.export()
+        state.holds()
+        state.teardown()
