@@ -5,7 +5,7 @@
 # make demo          a fleet of emulated hosts, the whole cycle, and what can go wrong; no root, nothing outside build/
 # make test          lint, sanity, units, test-crash, test-stores, integration, artefact-test: stops at the first failure
 # make lint | sanity | units | integration      one of them
-# make test-crash    killed, failed, cut off and raced everywhere; LONG=1 takes every call and 200,000 steps (half an hour)
+# make test-crash    killed, failed, cut off and raced everywhere; LONG=1 takes every call and 200,000 steps (an hour)
 # make test-mutation each small change of the cycle, the spool and the verifier against the unit tests; goes on where it stopped (2 hours)
 # make test-stores   the stores with a real S3 server and a real sshd
 # make test-eda      the event source in a real ansible-rulebook, as root; needs Java 17
