@@ -117,6 +117,10 @@ class Controller:
         file = pathlib.Path(said.stdout.strip(), "_util", "target", "common", "constants.py")
         return re.findall(r"'(3\.\d+)'", file.read_text("utf-8"))
 
+    def oldest(self) -> pathlib.Path:
+        """Return the link to the oldest Python that this ansible-core can manage and this machine has."""
+        return min((self.directory / "pythons").iterdir(), key=lambda each: int(each.name[8:]))
+
     def run(self, step: str) -> tuple[str, str]:
         """Run one step; return its outcome and a note."""
         if step.startswith("cycle"):
@@ -143,7 +147,7 @@ class Controller:
                 PATH=f"{self.bin}:{os.environ['PATH']}",
                 ANSIBLE_COLLECTIONS_PATH=self.installed,
                 ANSIBLE_PYTHON_INTERPRETER=self.bin / "python",
-                MANAGED_PYTHON=min((self.directory / "pythons").iterdir(), key=lambda each: int(each.name[8:])),
+                MANAGED_PYTHON=self.oldest(),
             )
         else:
             done = call(self.log(step), TOOLS / "ansible_test.sh", self.venv, self.stage, step)
@@ -178,6 +182,7 @@ def main() -> int:
     options = parser.parse_args()
     cores, only = options.core.split(","), tuple(options.only.split(","))
     rows: list[Row] = []
+    oldest: dict[str, str] = {}  # the ansible-core with which that Python has passed
 
     def add(*row: t.Any) -> None:
         rows.append(Row(*row))
@@ -199,15 +204,22 @@ def main() -> int:
             print((controller.directory / "prepare.log").read_text("utf-8", "replace")[-4000:])
             continue
         for step in steps:
-            start = time.monotonic()
+            start, target = time.monotonic(), controller.oldest().name
+            # what these tests import holds nothing of ansible-core: with another one the same would run again
+            if step == "units-oldest" and target in oldest:
+                add(core, version, step, "not repeated", 0, f"{target} passed with ansible-core {oldest[target]}")
+                continue
             outcome, note = controller.run(step)
+            if step == "units-oldest" and outcome == "passed":
+                oldest[target] = core
             add(core, version, step, outcome, int(time.monotonic() - start), note)
             if outcome == "FAILED":
                 log = controller.directory / f"{step.replace(' ', '-')}.log"
                 print(f"{log}\n{log.read_text('utf-8', 'replace')[-6000:]}", flush=True)
 
     counts = {
-        word: sum(row.outcome == word for row in rows) for word in ("passed", "FAILED", "SKIPPED", "not supported")
+        word: sum(row.outcome == word for row in rows)
+        for word in ("passed", "FAILED", "SKIPPED", "not supported", "not repeated")
     }
     print(f"\n{table(rows)}\n\nmatrix: " + ", ".join(f"{count} {word}" for word, count in counts.items()))
     return int(not rows or counts["FAILED"] > 0 or (os.environ.get("REQUIRE_ALL") == "1" and counts["SKIPPED"] > 0))
