@@ -70,14 +70,15 @@ stage:
 # The collection as a user gets it: built, then installed.
 collection: $(DEMO_STAMP) stage
 	@rm -rf $(INSTALLED) $(BUILD)/artifact
-	@$(BIN)/ansible-galaxy collection build $(STAGE) --output-path $(BUILD)/artifact > $(BUILD)/collection.log 2>&1 || { cat $(BUILD)/collection.log; exit 1; }
-	@$(BIN)/ansible-galaxy collection install --offline --collections-path $(INSTALLED) $(BUILD)/artifact/*.tar.gz \
+	@$(DEMO_ENV) $(BIN)/ansible-galaxy collection build $(STAGE) --output-path $(BUILD)/artifact > $(BUILD)/collection.log 2>&1 || { cat $(BUILD)/collection.log; exit 1; }
+	@$(DEMO_ENV) $(BIN)/ansible-galaxy collection install --offline --collections-path $(INSTALLED) $(BUILD)/artifact/*.tar.gz \
 		>> $(BUILD)/collection.log 2>&1 || { cat $(BUILD)/collection.log; exit 1; }
 
 demo: collection
-	@mkdir -p "$(DEMO)"
-	@ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) ANSIBLE_PYTHON_INTERPRETER=$(BIN)/python $(DEMO_ENV) \
-		$(BIN)/ansible-playbook -i localhost, -c local integrity.ima.demo -e '{"demo_directory": "$(DEMO)"}'
+	@rm -rf $(BUILD)/demo-tmp && mkdir -p "$(DEMO)" $(BUILD)/demo-tmp
+	@TMPDIR=$(abspath $(BUILD))/demo-tmp ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) ANSIBLE_PYTHON_INTERPRETER=$(BIN)/python $(DEMO_ENV) \
+		$(BIN)/ansible-playbook -i localhost, -c local integrity.ima.demo \
+		-e '{"demo_directory": "$(DEMO)", "demo_prefix": "ANSIBLE_COLLECTIONS_PATH=$(INSTALLED) $(BIN)/"}'
 
 test:
 	@start=$$SECONDS; \

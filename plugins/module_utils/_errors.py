@@ -39,7 +39,7 @@ class ImaError(Exception):
         if self.kept:
             parts.append(f"Kept: {self.kept.rstrip('.')}.")
         if self.hint:
-            parts.append(f"Next: {self.hint.rstrip('.')}.")
+            parts.append(f"Next: {self.hint.rstrip('.')}{'' if self.hint.endswith('?') else '.'}")
         return printable(" ".join(parts))
 
     def result(self) -> dict[str, t.Any]:

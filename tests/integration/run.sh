@@ -270,6 +270,14 @@ expected_warnings="$expected_warnings|ERROR.*Task failed" play -i localhost, "$h
 section 'the role: remove leaves evidence, unless told twice'
 play -i "$work/inventory" -e "@$work/role.json" --limit 'stage,export,localhost' "$here/playbooks/remove.yml"
 
+section 'the playbooks: a target that no host matches is an error'
+for name in rotate prune schedule remove; do
+    if ansible-playbook -i "$work/inventory" "integrity.ima.$name" -e "@$work/role.json" -e ima_snapshot_target=nobody > "$work/nobody" 2>&1; then
+        echo "error: $name did nothing, and says that all is well" >&2 && exit 1
+    fi
+    grep -q 'No host of the inventory matches nobody' "$work/nobody" || { cat "$work/nobody" && exit 1; }
+done
+
 section 'each module: check, check with diff, run, run again'
 play -i localhost, -c local "$here/playbooks/modules.yml" -e "work=$work captures=$captures ansible_python_interpreter=$managed"
 
