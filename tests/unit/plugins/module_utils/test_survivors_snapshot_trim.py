@@ -203,3 +203,38 @@ def test_a_tpm_that_goes_away_while_it_is_asked_accuses_nobody(
     assert observed(host)[-1] is None
     assert (host.faults(), host.cycle().blocked()) == ([], None)
     oracle(host)
+
+
+# --- a hole that is found while an anchor is looked for ---------------------------------------------------------------
+
+
+def trimmed_by_others(host: Host) -> None:
+    """A new boot, whose first record somebody deletes before it was exported."""
+    host.reboot()
+    _emulated.foreign_trim(host.kernel, 1)
+    host.grow(1)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new anchor", "anchor of before"])
+def test_a_hole_that_is_found_for_an_anchor_outlives_a_reboot(tmp_path: Path, there: bool) -> None:
+    host = Host(tmp_path, count=3)
+    host.run()
+    if there:
+        host.anchor()
+    trimmed_by_others(host)
+    assert reason_of(host.anchor).reason == "foreign_trim"
+    assert [fault["reason"] for fault in Spool(host.spool).journal()["faults"]] == ["foreign_trim"]
+    host.reboot()
+    host.export()
+    assert [fault[0] for fault in host.faults()] == ["foreign_trim"]
+
+
+def test_looking_for_an_anchor_writes_nothing(tmp_path: Path) -> None:
+    """Check mode does it."""
+    host = Host(tmp_path, count=3)
+    host.run()
+    name = host.anchor().name
+    trimmed_by_others(host)
+    before = host.files()
+    assert reason_of(lambda: host.cycle().find_anchor(name)).reason == "foreign_trim"
+    assert host.files() == before

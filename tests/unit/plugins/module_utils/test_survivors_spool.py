@@ -254,6 +254,15 @@ def test_up_to_the_last_pruned_shard_the_reason_is_pruned(tmp_path: Path) -> Non
         assert (error.details["index"], error.details["boot_id"]) == (entry.first, entry.boot_id)
 
 
+def test_a_pruned_shard_that_was_put_back_is_read(tmp_path: Path) -> None:
+    host = pruned_host(tmp_path)
+    entry = Spool(host.spool).entries[1]
+    path = os.path.join(host.spool, "shards", entry.shard)
+    Path(path).write_bytes(b"x")
+    assert Spool(host.spool).path(entry) == path
+    assert reason_of(lambda: Spool(host.spool).path(Spool(host.spool).entries[0])).reason == "pruned"
+
+
 def test_a_file_that_goes_while_it_is_read_was_not_pruned(tmp_path: Path) -> None:
     spool = Spool(pruned_host(tmp_path).spool)
     entry = spool.entries[2]
