@@ -281,10 +281,8 @@ class Ledger:
                 # docs/PROTOCOL.md, reset_count: that the boot before began with a reset is not known without a TPM.
                 self.hazards.append("kexec of a boot without shards")
                 self.blind = True
-            # Without a TPM a list of which nothing was left looks like that of a cold boot, and so does one that was
-            # trimmed up to the record of a file called boot_aggregate.
-            cold = first == len(old) or (first > 0 and b"boot_aggregate" in old.raw(first, first + 1))
-            anew = {0} if cold and not self.tpm else set()
+            # Without a TPM a list of which nothing was left looks like that of a cold boot.
+            anew = {0} if first == len(old) and not self.tpm else set()
             self._begin(self.epoch, anew | {shift + first for shift in old.shifts})
             if pending and anew:
                 self.blind = True
@@ -296,6 +294,12 @@ class Ledger:
         if lossy or pending:
             # docs/PROTOCOL.md, reset_count: only a TPM tells a kexec from a reboot.
             self._loses("kexec", unseen)
+
+    def looks_like_a_boot(self) -> None:
+        """A file called boot_aggregate was measured: docs/concepts.md, limits. A TPM is not deceived by it."""
+        if not self.tpm:
+            self.hazards.append("boot_aggregate as a file's name")
+            self.blind = True
 
     def spool_replaced(self, what: str) -> None:
         """An old backup was put back, or the spool was lost."""
