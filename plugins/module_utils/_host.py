@@ -380,10 +380,19 @@ def _upload(config: Config, params: Result) -> tuple[Result | None, Result | Non
 
 
 def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:
-    """Return what a round would do, in the form of an answer."""
+    """Return what a whole rotation would do, in the form of one round's answer.
+
+    That the store takes all, and that the verifier agrees where the policy asks it, is taken for granted.
+    """
     place, new = cycle.predict()
     waiting = any(entry.sequence > (have["sequence"] if have else 0) for entry in cycle.spool.entries)
-    going = cycle.trimmable(place.base, None) if _deletable(cycle) else 0
+    fault = cycle.blocked() or next((found for found in place.faults if found["lost"]), None)
+    # Without a shard of this boot nothing goes, and the export that would make it has nothing to seal.
+    goes = _permitted(cycle) and not fault and (new or _sealed_here(cycle))
+    staged = _staged(cycle)
+    going = place.cut + new - place.base if goes else 0
+    if goes and staged > cycle.trimmable(place.base, None):
+        going = staged
     return {
         "changed": bool(new or waiting or going),
         "exported": new,
@@ -392,7 +401,7 @@ def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:
         "pending": 0,
         "manifests": [],
         "chunks": [],
-        "fault": cycle.blocked(),
+        "fault": fault,
         "flavour": cycle.flavour,
         "quote": None,
         "warnings_said": [],
@@ -444,9 +453,24 @@ def _acknowledge(cycle: Cycle, have: Result | None) -> int:
 
 def _deletable(cycle: Cycle) -> bool:
     """Say whether this kernel, the policy and the history allow deleting anything of this boot."""
+    return _sealed_here(cycle) and _permitted(cycle) and not cycle.blocked()
+
+
+def _sealed_here(cycle: Cycle) -> bool:
     head = cycle.spool.head
-    here = head is not None and head.boot_id == cycle.boot_id
-    return here and cycle.flavour != EXPORT_ONLY and cycle.config.trim_after != "never" and not cycle.blocked()
+    return head is not None and head.boot_id == cycle.boot_id
+
+
+def _staged(cycle: Cycle) -> int:
+    """Return how many records are staged already: where the store must have them first, the rest goes another time."""
+    if cycle.flavour != STAGED:
+        return 0
+    with cycle.lists.reader(staged=True) as file:
+        return sum(1 for _record in read(file.read, SHA1, verify=False))
+
+
+def _permitted(cycle: Cycle) -> bool:
+    return cycle.flavour != EXPORT_ONLY and cycle.config.trim_after != "never"
 
 
 def _trim_what_may_go(cycle: Cycle, *, witness: bool) -> int:

@@ -106,7 +106,7 @@ exported:
   returned: success
   type: int
 trimmed:
-  description: The number of records that were deleted from the kernel.
+  description: The number of records that were deleted from the kernel, or would be if the store takes all.
   returned: success
   type: int
 delivered:

@@ -152,6 +152,46 @@ def test_check_mode_foresees_the_delivery_of_what_was_sealed_before(host: suppor
     assert foreseen is True
 
 
+@pytest.mark.parametrize(("flavour", "policy"), list(itertools.product(support.FLAVOURS, POLICIES)))
+def test_check_mode_foresees_what_goes(tmp_path: Path, store: DirectoryStore, flavour: str, policy: str) -> None:
+    """At first nothing is sealed, then a part is sealed and not delivered, then the host begins another boot."""
+    host = support.Host(tmp_path / "h", flavour=flavour, trim_after=policy)
+    for step, count in (("new", 20), ("sealed", 3), ("booted", 5), ("nothing", 0)):
+        if step == "sealed":
+            host.grow(2)
+            host_side.export(load(host.config), False)
+        if step == "booted":
+            _emulated.reboot(host.kernel)
+        host.grow(count)
+        rotation = host.rotation(store, check=True)
+        rotation.predict()
+        foreseen = rotation.result()
+        result = host.rotate(store)
+        for what in ("changed", "exported", "trimmed", "fault", "flavour"):
+            assert foreseen[what] == result[what], (step, what)
+        where = [(each["diff"]["after"]["base"], each["diff"]["after"]["cut"]) for each in (foreseen, result)]
+        assert where[0] == where[1]
+        # What an export staged goes first.
+        staged = flavour == "staged" and policy in ("central", "verified")
+        going = {"new": 21, "sealed": 2 if staged else 5, "booted": 6, "nothing": 0}
+        assert result["trimmed"] == (0 if flavour == "export_only" or policy == "never" else going[step])
+
+
+def test_check_mode_foresees_that_a_loss_lets_nothing_go(host: support.Host, store: DirectoryStore) -> None:
+    host.grow(5)
+    host.rotate(store)
+    host.grow(9)
+    _emulated.kexec(host.kernel, False)
+    host.grow(4)
+    rotation = host.rotation(store, check=True)
+    rotation.predict()
+    foreseen, result = rotation.result(), host.rotate(store)
+    assert foreseen["trimmed"] == result["trimmed"] == 0
+    assert foreseen["exported"] == result["exported"] > 0
+    assert (foreseen["fault"]["reason"], foreseen["fault"]["index"]) == ("kexec", 205)
+    assert (result["fault"]["reason"], result["fault"]["index"]) == ("kexec", 205)
+
+
 def test_check_mode_foresees_an_anchor_and_the_trim_to_it(tmp_path: Path) -> None:
     host = support.Host(tmp_path / "h", trim_after="local")
     host.grow(5)
