@@ -191,6 +191,14 @@ def test_no_text_of_a_host_is_a_template(ssh):
     assert events[0]["status"]["name"] == "?? lookup('pipe', 'id') }}?% raw %}?# #}"
 
 
+def test_no_text_of_a_host_brings_delimiters_of_its_own(ssh):
+    # Ansible takes any text with this header for a template, whatever follows.
+    ssh(dict(HONEST, lag=50, name="#jinja2:variable_start_string:'[['", fault=dict(FAULT, message="#jinja2:x # 1")))
+    first, second = watched(lambda queue: len(queue.events) == 2, hosts=["web1"], records=50)
+    assert first["status"]["name"] == second["status"]["name"] == "?jinja2:variable_start_string:'[['"
+    assert first["status"]["fault"]["message"] == "?jinja2:x # 1"
+
+
 def test_ssh_gets_the_host_as_a_destination_and_the_command_as_one_word(ssh):
     fake = ssh(dict(HONEST, lag=50))
     told(fake, records=50, command=["/opt/it's/ima-snapshot", "--config", "/a b.conf"], ssh=["ssh", "-p", "2222"])

@@ -23,8 +23,8 @@ description:
     threshold that was passed must first be kept again, a fault must become another one.
   - A host that does not answer makes an event, too, with V(unreachable) as the reason.
   - Hosts are asked with the OpenSSH client, in batch mode, with the keys and the configuration of the user who runs
-    this. What they answer is bounded and checked. In text of theirs a question mark stands for what cannot be printed
-    and for each opening brace, so that no template of a host gets into a playbook.
+    this. What they answer is bounded and checked. In text of theirs a question mark stands for what cannot be printed,
+    for each opening brace and for a hash sign at the beginning, so that no template of a host gets into a playbook.
 options:
   hosts:
     description:
@@ -240,8 +240,9 @@ def checked(data: bytes) -> Status:
 def _text(value: t.Any, longest: int) -> str:
     _require(isinstance(value, str) and len(value) <= longest)
     # ansible-rulebook hands events to playbooks as extra variables, and Ansible takes those for templates.
-    # None begins without a brace.
-    return "".join(char if char.isprintable() and char != "{" else "?" for char in value)
+    # None begins without a brace, but for a text with a header of its own ("#jinja2:").
+    plain = "".join(char if char.isprintable() and char != "{" else "?" for char in value)
+    return "?" + plain[1:] if plain.startswith("#") else plain
 
 
 def reasons(status: Status, limits: dict[str, int]) -> Found:
