@@ -76,6 +76,9 @@ def _parser(config: str) -> argparse.ArgumentParser:
     each.set_defaults(act=_read)
     each = commands.add_parser("verify", help="check every shard, the chain, the kernel's list and the TPM's PCRs")
     each.set_defaults(act=_verify)
+    for each in commands.choices.values():
+        # Behind the command as well; what stands before it is the default.
+        each.add_argument("--config", default=argparse.SUPPRESS, help="the config")
     return parser
 
 

@@ -100,6 +100,18 @@ def test_export_deletes_only_what_the_store_acknowledged_before(tmp_path, run, f
     assert "exported 3 records in 1 shard, deleted 2" in ran.out
 
 
+@pytest.mark.parametrize("command", ["export", "status", "read", "verify"])
+def test_the_config_may_stand_before_or_behind_the_command(tmp_path, capfdbinary, command):
+    host = Host(tmp_path, count=4)
+    assert _command.main(["--config", host.conf, "export"]) == 0
+    said = []
+    for words in (["--config", host.conf, command], [command, "--config", host.conf]):
+        capfdbinary.readouterr()
+        assert _command.main(words) == 0
+        said.append(capfdbinary.readouterr().out)
+    assert said[0] == said[1] != b""
+
+
 def test_an_export_after_a_foreign_trim_exits_with_3_and_keeps_everything(tmp_path, run):
     host = Host(tmp_path, count=10)
     run(host, "export")
