@@ -24,7 +24,7 @@ class ActionModule(StoreAction):
         """Ask the host for its key, and record it."""
         try:
             store = open_store(args["store"])
-            answer = self.ask(args)
+            answer = self.ask(dict(args, store=store.name))
             if answer.get("failed") or answer.get("unreachable"):
                 return answer
             return record_identity(store, args["name"], answer, self._task.check_mode)

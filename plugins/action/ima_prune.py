@@ -25,10 +25,11 @@ class ActionModule(StoreAction):
         """Prune the host's spool."""
 
         def call(one_round: dict[str, t.Any]) -> dict[str, t.Any]:
-            return self.ask(dict(args, _round=one_round))
+            return self.ask(dict(args, store=store.name, _round=one_round))
 
         try:
-            return prune(open_store(args["store"]), args["name"], call, self._task.check_mode)
+            store = open_store(args["store"])
+            return prune(store, args["name"], call, self._task.check_mode)
         except HostUnreachable as error:
             return error.raw
         except (ImaError, OSError) as error:

@@ -35,11 +35,12 @@ class ActionModule(StoreAction):
 
         def call(one_round: dict[str, t.Any]) -> dict[str, t.Any]:
             urls = one_round.pop("urls", [])
-            return self.ask(dict(args, _round=one_round, _urls=urls))
+            return self.ask(dict(args, store=store.name, key=None, _round=one_round, _urls=urls))
 
         try:
+            store = open_store(args["store"], args["key"])
             rotation = Rotation(
-                open_store(args["store"], args["key"]),
+                store,
                 args["name"],
                 call,
                 dict(args, direct=args["delivery"] == "direct"),

@@ -65,7 +65,7 @@ more:
   returned: success
   type: bool
 notes:
-  description: What was done about the leftovers of a run that died.
+  description: What was done about the leftovers of a run that died, and about the stitched lists.
   returned: success
   type: list
   elements: str

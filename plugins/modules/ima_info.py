@@ -14,7 +14,7 @@ author:
 description:
   - Shows which way of trimming the kernel offers, how many records of which templates the list holds, which PCR banks
     there are, which boot this is, how far the shards in the spool reach, and who has the list open.
-  - It reads the measurement list once, and returns counts and digests only, never the file names in it.
+  - It reads the measurement list, and returns counts and digests only, never the file names in it.
 extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.info_module
@@ -116,11 +116,11 @@ lag:
   returned: success
   type: int
 sequence:
-  description: The sequence number of the newest shard, V(0) if there is none.
+  description: The sequence number of the newest shard, V(0) if there is none. It is null if the spool cannot be used.
   returned: success
   type: int
 generation:
-  description: The generation counter of the spool.
+  description: The generation counter of the spool. It is null if the spool cannot be used.
   returned: success
   type: int
 holders:

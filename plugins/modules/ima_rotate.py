@@ -18,7 +18,7 @@ description:
   - The shards come through the connection in bounded chunks, with any connection plugin and with privilege
     escalation. What a host sends is checked before it is used, and nothing in the store is ever overwritten.
   - A rotation that was interrupted anywhere is taken up by the next one. What the store has is not sent again.
-  - The host needs no credentials of the store. The name of the store is the only thing that it learns of it.
+  - The host needs no credentials of the store. It learns the store's name, without logins, files of keys and the like.
 extends_documentation_fragment:
   - integrity.ima._attributes
   - integrity.ima._attributes.actiongroup_ima

@@ -13,7 +13,8 @@ author:
   - The integrity.ima authors (@integrity-ima)
 description:
   - Looks whether a place can be a central store for M(integrity.ima.ima_rotate), that is, whether it can be reached,
-    is empty or a store already, and refuses to write anything twice. With O(create) it makes what is missing.
+    is empty or a store already, and refuses to write anything twice. An empty place becomes a store
+    (C(format.json)). With O(create) it makes the directory or bucket that is missing.
   - A bucket is created with object lock, which keeps all versions of an object. Nothing is ever removed.
   - Run it on the controller, with the account that the rotations use.
 extends_documentation_fragment:

@@ -28,8 +28,8 @@ extends_documentation_fragment:
 options:
   hosts:
     description:
-      - The inventory names of the hosts. If this is not given, they are all hosts of the store and of its newest fleet
-        document.
+      - The inventory names of the hosts. If this is not given, they are all hosts of the store, and those that its
+        fleet documents name.
     type: list
     elements: str
   max_age:

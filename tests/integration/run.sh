@@ -270,6 +270,11 @@ expected_warnings="$expected_warnings|ERROR.*Task failed" play -i localhost, "$h
 section 'the role: remove leaves evidence, unless told twice'
 play -i "$work/inventory" -e "@$work/role.json" --limit 'stage,export,localhost' "$here/playbooks/remove.yml"
 
+section 'the role: shards that are encrypted'
+mkdir -m 0755 "$work/sealed-store"
+# that it refuses without the key is wanted, and rescued
+expected_warnings="$expected_warnings|ERROR.*Task failed" play -i "$work/inventory" "$here/playbooks/encrypted.yml"
+
 section 'the playbooks: a target that no host matches is an error'
 for name in rotate prune schedule remove; do
     if ansible-playbook -i "$work/inventory" "integrity.ima.$name" -e "@$work/role.json" -e ima_snapshot_target=nobody > "$work/nobody" 2>&1; then

@@ -9,6 +9,9 @@ from __future__ import annotations
 import datetime
 import gzip
 import os
+import re
+import shutil
+import subprocess
 import typing as t
 from pathlib import Path
 
@@ -24,6 +27,8 @@ from ansible_collections.integrity.ima.plugins.module_utils._stitch import stitc
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import verify
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils import _store_support as support
+
+PROTOCOL = Path(__file__).resolve().parents[4] / "docs" / "PROTOCOL.md"
 
 
 def recipient(directory: Path, name: str) -> str:
@@ -96,6 +101,32 @@ def test_no_path_and_no_record_can_be_read_in_the_store(
             gzip.decompress(data)
     assert not [name for name in support.tree(store.directory) if "plain" in name]
     assert whole == host.recorded()
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="flock (util-linux) is not installed")
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_the_documented_shell_reader_reads_them_and_stops_at_one_that_is_gone(
+    host: support.Host, store: DirectoryStore, encrypted: bool
+) -> None:
+    if not encrypted:
+        host.configure()
+    host.grow(20)
+    host.rotate(store)
+    (script,) = re.findall(r"```sh\n(#!/bin/sh\n.*?)```", PROTOCOL.read_text(encoding="utf-8"), re.DOTALL)
+
+    def read() -> subprocess.CompletedProcess[bytes]:
+        environment = dict(os.environ, IMA_SNAPSHOT_CONFIG=host.config)
+        return subprocess.run(["sh", "-c", script], env=environment, capture_output=True, check=False)
+
+    whole = read()
+    assert (whole.returncode, whole.stdout, whole.stderr) == (0, host.recorded(), b"")
+    spool = Spool(host.spool)
+    assert len(spool.entries) == 3
+    second = spool.path(spool.entries[1])
+    for name in (second, second.replace(".ima.gz", ".plain.gz")) if encrypted else (second,):
+        os.unlink(name)
+    short = read()
+    assert short.returncode == 1 and short.stdout == b"" and b"is not here" in short.stderr
 
 
 def test_another_key_opens_nothing(host: support.Host, store: DirectoryStore, tmp_path: Path) -> None:
