@@ -99,6 +99,9 @@ def _export(config: Config, args: argparse.Namespace) -> int:
     if done["fault"]:
         text += f"; nothing is deleted in this boot: {done['fault']['reason']} at index {done['fault']['index']}"
     _say("; ".join([text, *done["notes"]]))
+    if done["busy"]:
+        sys.stderr.write(f"ima-snapshot: {done['busy']} (list_busy)\n")
+        return FAILED
     return DONE
 
 
@@ -192,7 +195,12 @@ def _verify(config: Config, _args: argparse.Namespace) -> int:
     with Lock(config, shared=True, create=False):
         cycle = cycle_of(config)
         verdict = Verdict()
-        if cycle.spool.check() and os.path.isdir(cycle.spool.shards) and os.listdir(cycle.spool.shards):
+        # A first export that failed leaves the boot's directory, and no shard.
+        if (
+            cycle.spool.check()
+            and os.path.isdir(cycle.spool.shards)
+            and any(SpoolStore(cycle.spool).names(config.name))
+        ):
             verdict = verify(SpoolStore(cycle.spool), config.name, [])
         said = ""
         if verdict.verdict != BROKEN:

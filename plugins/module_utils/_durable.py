@@ -19,6 +19,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 import typing as t
 
@@ -294,6 +295,13 @@ def remove(path: str) -> bool:
             return False
         sync_directory(os.path.dirname(path))
         return True
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory and all that is in it, and make its absence durable."""
+    with failing(path, "remove"):
+        shutil.rmtree(path)
+        sync_directory(os.path.dirname(path))
 
 
 def set_aside(path: str) -> str:

@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 import collections
+import os
 import time
 import typing as t
 
-from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, SpoolError, TrimError
+from ansible_collections.integrity.ima.plugins.module_utils import _durable
+from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, KernelError, SpoolError, TrimError
 from ansible_collections.integrity.ima.plugins.module_utils._measurement_list import SHA1, read
 from ansible_collections.integrity.ima.plugins.module_utils._protocol import Config, Lock, generation
 from ansible_collections.integrity.ima.plugins.module_utils._schema import LEAST_CHUNK, canonical
@@ -160,6 +162,7 @@ def save(config: Config) -> Result:
             "cut": after["cut"],
             "sequence": after["sequence"],
             "fault": cycle.blocked(),
+            "busy": str(cycle.busy or ""),
             "notes": notes,
         }
 
@@ -217,11 +220,12 @@ def trim(config: Config, to: str, records: int, anchor: int, make_anchor: bool, 
         made = _make_anchor(cycle) if make_anchor and not check else None
         foreseen = check and make_anchor and not _only_anchor_is_new(cycle)
         place = cycle.survey(write=not check)
-        target = _target(cycle, place.base, to, records, anchor)
-        if check:
-            count = cycle.trimmable(place.base, target)
+        if foreseen:
+            count = _foreseen_trim(cycle, to, records, anchor)
+        elif check:
+            count = cycle.trimmable(place.base, _target(cycle, place.base, to, records, anchor))
         else:
-            count = cycle.trim(target)
+            count = cycle.trim(_target(cycle, place.base, to, records, anchor))
         after = dict(_position(cycle), base=place.base + count)
         return {
             "changed": count > 0 or bool(made) or foreseen,
@@ -249,6 +253,18 @@ def _make_anchor(cycle: Cycle) -> Result:
         )
     cycle.export(stop=as_recorded(f"{cycle.spool.anchors}/{made.name}"))
     return {"index": made.index, "sha256": made.sha256, "bound": True}
+
+
+def _foreseen_trim(cycle: Cycle, to: str, records: int, anchor: int) -> int:
+    """Return how many records go once the anchor is made: all that is there now is sealed then, and before it."""
+    place, new = cycle.predict()
+    end = place.cut + new
+    allowed = end if cycle.config.trim_after == "local" else cycle.allowed_to(place.base)
+    older = anchor - 1
+    target = end if to == "anchor" and not older else _target(cycle, place.base, to, records, older)
+    if target is not None and target > allowed:
+        return cycle.trimmable(place.base, target)  # which says why not
+    return (allowed if target is None else target) - place.base
 
 
 def _target(cycle: Cycle, base: int, to: str, records: int, anchor: int) -> int | None:
@@ -300,6 +316,44 @@ def prune(config: Config, confirmed: Result | None, check: bool, after: int = 0)
         }
 
 
+# -- ima_spool ----------------------------------------------------------------------------------------------
+
+
+def remove_spool(config: Config, aggregate_digest: str, expired: int, check: bool) -> Result:
+    """Remove the spool, if its newest manifest is the one in the store, and the store has all records that are here.
+
+    Under the lock, so that what another program seals and deletes until then is seen. Raises :class:`SpoolError`
+    ``not_delivered``.
+    """
+    if not os.path.isdir(config.spool):
+        return {"changed": False, "shards": 0}
+    with Lock(config, shared=check, create=not check):
+        cycle = cycle_of(config)
+        if not check:
+            cycle.spool.recover()
+            _require_delivered(cycle, aggregate_digest, expired)
+        shards = cycle.spool.files()
+        if not check:
+            _durable.remove_tree(config.spool)
+        return {"changed": True, "shards": shards}
+
+
+def _require_delivered(cycle: Cycle, aggregate_digest: str, expired: int) -> None:
+    what = ""
+    if _position(cycle)["aggregate_digest"] != aggregate_digest:
+        what = "its newest shard is not the newest one in the store"
+    elif expired > cycle.spool.pruned:
+        what = f"{expired} shards have expired in the store, and this spool still has those behind {cycle.spool.pruned}"
+    if what:
+        raise SpoolError(
+            f"The spool {cycle.config.spool} holds records that the store does not have: {what}",
+            reason="not_delivered",
+            path=cycle.config.spool,
+            kept="all of it",
+            hint="rotate and verify again, or copy what has expired in the store to where it is kept",
+        )
+
+
 # -- ima_rotate ---------------------------------------------------------------------------------------------
 
 
@@ -316,7 +370,7 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
         cycle = cycle_of(config)
         before = _position(cycle)
         if check:
-            return _foreseen(cycle, have, before)
+            return _foreseen(cycle, params, before)
         cycle.spool.recover()
         acknowledged = _acknowledge(cycle, have)
         trimmed = _trim_what_may_go(cycle, witness=params["export"]) if cycle.spool.head else 0
@@ -338,6 +392,7 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
             trimmed=trimmed,
             more=more,
             fault=fault,
+            busy=str(cycle.busy or "")[:2000],
             quote=quote,
             warnings_said=[text[:2000] for text in (said + cycle.warnings)[:16]],
             position=_diff(before, _position(cycle)),
@@ -379,12 +434,17 @@ def _upload(config: Config, params: Result) -> tuple[Result | None, Result | Non
     return have, taken, unnamed
 
 
-def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:
+def _foreseen(cycle: Cycle, params: Result, before: Result) -> Result:
     """Return what a whole rotation would do, in the form of one round's answer.
 
     That the store takes all, and that the verifier agrees where the policy asks it, is taken for granted.
     """
+    have = params["have"]
+    if have:
+        cycle.covered(have["sequence"], have["manifest"])
     place, new = cycle.predict()
+    if params["anchor"] and _only_anchor_is_new(cycle):
+        new = 0
     waiting = any(entry.sequence > (have["sequence"] if have else 0) for entry in cycle.spool.entries)
     fault = cycle.blocked() or next((found for found in place.faults if found["lost"]), None)
     # Without a shard of this boot nothing goes, and the export that would make it has nothing to seal.
@@ -402,6 +462,7 @@ def _foreseen(cycle: Cycle, have: Result | None, before: Result) -> Result:
         "manifests": [],
         "chunks": [],
         "fault": fault,
+        "busy": "",
         "flavour": cycle.flavour,
         "quote": None,
         "warnings_said": [],
@@ -477,14 +538,21 @@ def _trim_what_may_go(cycle: Cycle, *, witness: bool) -> int:
     """Delete what the policy lets go, if this kernel can delete and nothing forbids it.
 
     With ``witness`` the last record of it stays: an export follows, and finds its place by that record's content.
+    Who has the list open keeps records from being deleted, and must not keep them from being saved: ``busy`` says who.
     """
-    if not _deletable(cycle):
+    if cycle.busy or not _deletable(cycle):
         return 0
     base = cycle.survey().base
-    if not witness or cycle.flavour == STAGED:
-        return cycle.trim()
-    limit = base + cycle.trimmable(base, None)
-    return cycle.trim(max(base, limit - 1))
+    try:
+        if not witness or cycle.flavour == STAGED:
+            return cycle.trim()
+        limit = base + cycle.trimmable(base, None)
+        return cycle.trim(max(base, limit - 1))
+    except KernelError as error:
+        if error.reason != "list_busy":
+            raise
+        cycle.busy = error
+        return 0
 
 
 def _export_piece(cycle: Cycle, anchor: bool) -> Export:

@@ -114,6 +114,7 @@ class Rotation:
         self._orders: list[tuple[Manifest, dict[str, t.Any]]] = []  # signed for, not yet known to be in the store
         self.delivered = self.records = self.exported = self.trimmed = 0
         self.fault: dict[str, t.Any] | None = None
+        self._busy = ""  # who keeps the host from deleting
         self.diff: dict[str, t.Any] = {}
         self.flavour = ""
         self.quoted = False
@@ -121,7 +122,10 @@ class Rotation:
         self.changed = False
 
     def run(self) -> None:
-        """Run rounds until the host has nothing left to say. Raises :class:`ImaError`."""
+        """Run rounds until the host has nothing left to say. Raises :class:`ImaError`.
+
+        :class:`HostFailed` ``list_busy`` comes at the end: all was delivered, and nothing could be deleted.
+        """
         with self._store.delivering(self._host):
             self._head = self._store.head(self._host)
             self._nonce = secrets.token_hex(32) if self._store.identity(self._host) else None
@@ -142,6 +146,8 @@ class Rotation:
                 elif not news:
                     raise StoreError(f"{self._host} says that there is more, and gives nothing", reason="bad_answer")
                 answer = self._round(export=answer["more"])
+        if self._busy:
+            raise HostFailed(self._busy, reason="list_busy")
 
     def _told(self, answer: Answer) -> bool:
         """Say whether the host knows already that the store has all: it was there when the store said so."""
@@ -211,8 +217,11 @@ class Rotation:
         self.exported += answer["exported"]
         self.trimmed += answer["trimmed"]
         self.fault, self.flavour = answer["fault"], answer["flavour"]
+        if self.fault:
+            self.fault = dict(self.fault, message=printable(self.fault["message"]))
+        self._busy = printable(answer["busy"]) or ("" if answer["trimmed"] else self._busy)
         self._quote = answer["quote"] or self._quote
-        self.warnings += answer["warnings_said"]
+        self.warnings += [printable(said) for said in answer["warnings_said"]]
         self._wants_verdict = answer["trim_after"] == "verified"
         position = answer["position"]
         self.diff = dict(position, before=self.diff.get("before", position["before"]))

@@ -499,6 +499,7 @@ ANSWER = _object(
             ),
         },
         "fault": _or_null(_ref("fault")),
+        "busy": _ref("text"),
         "quote": _or_null({"type": "string", "maxLength": 1 << 16}),
         "warnings_said": {"type": "array", "maxItems": 16, "items": _ref("text")},
         "flavour": _ref("flavour"),

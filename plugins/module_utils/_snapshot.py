@@ -25,6 +25,7 @@ from ansible_collections.integrity.ima.plugins.module_utils import _durable, _tp
 from ansible_collections.integrity.ima.plugins.module_utils._encryption import recipients_in
 from ansible_collections.integrity.ima.plugins.module_utils._errors import (
     HistoryError,
+    KernelError,
     ListError,
     SpoolError,
     TrimError,
@@ -191,6 +192,7 @@ class Cycle:
         self.reset_count = lists.files.reset_count()
         # What a user should know though the cycle went on.
         self.warnings: list[str] = []
+        self.busy: KernelError | None = None  # why nothing can be deleted just now: somebody has the list open
         if not lists.files.emulated:
             require_durable(config.spool)
 
@@ -477,12 +479,21 @@ class Cycle:
             )
 
     def _stage(self) -> list[str]:
-        """Set the live list aside, unless a dead run already did: that list is exported and deleted first."""
+        """Set the live list aside, unless a dead run already did: that list is exported and deleted first.
+
+        Who has the list open keeps it from being set aside, and not from being read: then it is exported where it is.
+        """
         with self.lists.reader(staged=True) as file:
             if file.read(1):
                 return ["found a staged list that an earlier run left"]
-        with self.lists.writer(staged=True) as file:
-            self.lists.stage(file)
+        try:
+            with self.lists.writer(staged=True) as file:
+                self.lists.stage(file)
+        except KernelError as error:
+            if error.reason != "list_busy":
+                raise
+            self.busy = error
+            return [f"nothing can be deleted: {error.msg}"]
         return []
 
     def _locate_noting(self, view: _Buffered, observed: Values | None) -> Place:
@@ -738,6 +749,16 @@ class Cycle:
         A manifest commits to all before it, so one digest speaks for the whole chain. Return how many were new.
         Raises :class:`SpoolError` ``spool_behind_store`` or ``store_diverged``.
         """
+        new = [entry for entry in self.covered(sequence, digest) if not self.spool.acknowledged(entry, verdict)]
+        for entry in new:
+            self.spool.acknowledge(entry, store, verdict, utc_now())
+        return len(new)
+
+    def covered(self, sequence: int, digest: str) -> list[Entry]:
+        """Return the shards that a store has which has the one with that number under that digest.
+
+        Raises :class:`SpoolError` ``spool_behind_store`` or ``store_diverged``.
+        """
         entries = [entry for entry in self.spool.entries if entry.sequence <= sequence]
         head = self.spool.head
         if not entries or entries[-1].sequence != sequence:
@@ -759,10 +780,7 @@ class Cycle:
                 kept="both",
                 hint="two histories claim one name: compare them before anything is removed",
             )
-        new = [entry for entry in entries if not self.spool.acknowledged(entry, verdict)]
-        for entry in new:
-            self.spool.acknowledge(entry, store, verdict, utc_now())
-        return len(new)
+        return entries
 
     def blocked(self) -> Fault | None:
         """Return the fault for which nothing may be deleted in this epoch, if there is one."""

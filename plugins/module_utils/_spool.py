@@ -134,6 +134,8 @@ class Spool:
         ``fsync``) but not sealed: the journal holds the manifest that it was to get.
         """
         if not self.check():
+            # Whoever made the directory may not have made its name durable.
+            _durable.sync_directory(os.path.dirname(self.directory))
             _durable.create(os.path.join(self.directory, "format.json"), FORMAT)
         elif not os.path.isdir(self.shards):
             # The run that made it may have died between the name and its fsync.

@@ -74,12 +74,14 @@ def _progress(cycle: Cycle, now: float) -> Status:
         manifest = cycle.spool.manifest(head)
         size, count = manifest["size"], manifest["count"]
         here = head.boot_id == cycle.boot_id
+        age = int(now - seconds_of(manifest["time"]))
         said.update(
             sequence=head.sequence,
             cut=head.end if here else None,
             base=cycle.spool.journal()["base"] if here and _known(cycle) else None,
             acknowledged=_acknowledged(cycle.spool),
-            age=max(0, int(now - seconds_of(manifest["time"]))),
+            # With a clock that went back nobody knows.
+            age=age if age >= 0 else None,
         )
     return dict(said, lag=lag, lag_bytes=None if lag is None else lag * size // count)
 

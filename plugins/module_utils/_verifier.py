@@ -112,11 +112,11 @@ class Verdict:
     def warn(self, what: str) -> None:
         """Add a warning, unless there are very many."""
         if len(self.warnings) < MOST_WARNINGS:
-            self.warnings.append(what)
+            self.warnings.append(printable(what))
 
     def broken(self, fault: ImaError) -> None:
         """Take the first fault as the verdict."""
-        self.verdict, self.reason, self.message = BROKEN, fault.reason, fault.msg
+        self.verdict, self.reason, self.message = BROKEN, fault.reason, printable(fault.msg)
         self.boot_id = fault.details.get("boot_id", self.boot_id)
         self.index, self.sequence = fault.details.get("index"), fault.details.get("sequence")
 

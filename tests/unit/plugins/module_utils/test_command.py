@@ -24,7 +24,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaEr
 from ansible_collections.integrity.ima.plugins.module_utils._protocol import Lock
 from ansible_collections.integrity.ima.plugins.module_utils._schema import STATUS, parse
 from ansible_collections.integrity.ima.plugins.module_utils._snapshot import utc_now
-from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
+from ansible_collections.integrity.ima.plugins.module_utils._spool import FORMAT, Spool
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import (
     FLAVOURS,
     TRIMMING,
@@ -110,6 +110,27 @@ def test_the_config_may_stand_before_or_behind_the_command(tmp_path, capfdbinary
         assert _command.main(words) == 0
         said.append(capfdbinary.readouterr().out)
     assert said[0] == said[1] != b""
+
+
+def test_a_first_export_that_failed_leaves_nothing_broken(tmp_path, run):
+    host = Host(tmp_path, count=4)
+    os.makedirs(os.path.join(host.spool, "shards", host.state().boot_id))
+    with open(os.path.join(host.spool, "format.json"), "wb") as file:
+        file.write(FORMAT)
+    ran = run(host, "verify")
+    assert ran.code == 0 and ran.out.startswith("consistent: 0 records in 0 shards")
+
+
+def test_the_age_of_a_shard_from_the_future_is_not_known_and_counts_as_reached(tmp_path, run, monkeypatch):
+    host = Host(tmp_path, count=4)
+    schedule(host, export_seconds=3600)
+    run(host, "export")
+    host.grow(3)
+    assert json.loads(run(host, "status", "--json").out)["due"] is False
+    real = _status.time.time
+    monkeypatch.setattr(_status.time, "time", lambda: real() - 86400)
+    said = json.loads(run(host, "status", "--json").out)
+    assert said["age"] is None and said["due"] is True
 
 
 def test_an_export_after_a_foreign_trim_exits_with_3_and_keeps_everything(tmp_path, run):

@@ -23,11 +23,17 @@ import pytest
 from ansible_collections.integrity.ima.plugins.module_utils import _emulated, _rotation
 from ansible_collections.integrity.ima.plugins.module_utils import _host as host_side
 from ansible_collections.integrity.ima.plugins.module_utils._emulated import EmulatedFiles
-from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError, ManifestError, StoreError
+from ansible_collections.integrity.ima.plugins.module_utils._errors import (
+    ImaError,
+    ManifestError,
+    SpoolError,
+    StoreError,
+)
 from ansible_collections.integrity.ima.plugins.module_utils._protocol import load
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostFailed, HostUnreachable, answer_of
 from ansible_collections.integrity.ima.plugins.module_utils._schema import CLAIM, canonical, check
 from ansible_collections.integrity.ima.plugins.module_utils._shard import digest
+from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import claims_of, verify
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils import _store_support as support
@@ -190,6 +196,52 @@ def test_check_mode_foresees_that_a_loss_lets_nothing_go(host: support.Host, sto
     assert foreseen["exported"] == result["exported"] > 0
     assert (foreseen["fault"]["reason"], foreseen["fault"]["index"]) == ("kexec", 205)
     assert (result["fault"]["reason"], result["fault"]["index"]) == ("kexec", 205)
+
+
+@pytest.mark.parametrize("flavour", support.FLAVOURS)
+def test_check_mode_knows_that_an_anchor_alone_is_not_rotated(
+    tmp_path: Path, store: DirectoryStore, flavour: str
+) -> None:
+    host = support.Host(tmp_path / "h", flavour=flavour)
+    host.grow(9)
+    host.rotate(store, anchor=True)
+    rotation = host.rotation(store, check=True, anchor=True)
+    rotation.predict()
+    foreseen, result = rotation.result(), host.rotate(store, anchor=True)
+    for what in ("changed", "exported", "trimmed"):
+        assert foreseen[what] == result[what] and not result[what]
+
+
+def test_check_mode_foresees_a_spool_that_was_emptied(host: support.Host, store: DirectoryStore) -> None:
+    host.rotate(store)
+    shutil.rmtree(host.spool)
+    os.mkdir(host.spool)
+    for attempt in (host.rotation(store, check=True).predict, lambda: host.rotate(store)):
+        with pytest.raises(HostFailed) as caught:
+            attempt()
+        assert caught.value.reason == "spool_behind_store"
+
+
+@pytest.mark.parametrize("to", ["cut", "anchor", "records"])
+@pytest.mark.parametrize("policy", ["local", "central"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_check_mode_foresees_a_trim_with_an_anchor_that_is_to_be_made(
+    tmp_path: Path, store: DirectoryStore, to: str, policy: str, number: int
+) -> None:
+    host = support.Host(tmp_path / "h", trim_after=policy)
+    host.grow(5)
+    host.rotate(store, anchor=True)
+    host.grow(8)
+    want = {"to": to, "records": 7, "anchor": number, "make_anchor": True}
+
+    def trimmed(check: bool) -> int | str:
+        try:
+            return t.cast(int, host_side.trim(load(host.config), **want, check=check)["trimmed"])
+        except ImaError as error:
+            assert error.reason in ("not_sealed", "not_acknowledged", "no_anchor")
+            return "refused"
+
+    assert trimmed(check=True) == trimmed(check=False)
 
 
 def test_check_mode_foresees_an_anchor_and_the_trim_to_it(tmp_path: Path) -> None:
@@ -382,9 +434,85 @@ def test_a_list_that_somebody_holds_open(tmp_path: Path, store: DirectoryStore, 
             host.rotate(store)
     finally:
         close()
-    assert caught.value.reason == "list_busy"
+    assert caught.value.reason == "list_busy" and f"(pid {pid})" in caught.value.msg
+    assert host.live() == 10
     assert host.rotate(store)["claim"]["index"] == 10
     assert host.live() == 0 and verify(store, "h", ()).verdict == "consistent" and pid
+
+
+@pytest.mark.parametrize(("flavour", "flush"), [("delete_n", False), ("staged", False), ("staged", True)])
+@pytest.mark.parametrize("policy", POLICIES[:3])
+def test_who_holds_the_list_open_keeps_nothing_from_being_saved(
+    tmp_path: Path, store: DirectoryStore, flavour: str, flush: bool, policy: str
+) -> None:
+    """For as long as it goes on, however often: what is not saved is lost with the next reset."""
+    host = support.Host(tmp_path / "h", flavour=flavour, trim_after=policy, flush_htable=flush)
+    host.grow(20)
+    host.rotate(store)
+    _pid, close = hold(host.kernel)
+    try:
+        for count in (5, 30, 1):
+            host.grow(count)
+            with pytest.raises(HostFailed) as caught:
+                host.rotate(store)
+            assert caught.value.reason == "list_busy"
+            assert b"".join(sealed.raw for sealed in support.take(store)) == host.recorded()
+            host.grow(3)
+            said = host_side.save(load(host.config))
+            assert said["records"] == 3 and said["trimmed"] == 0 and "held open by" in said["busy"]
+        assert host.live() == 45
+    finally:
+        close()
+    result = host.rotate(store)
+    again = host.rotate(store)
+    assert result["trimmed"] + again["trimmed"] == 45 and host.live() == 0
+    assert verify(store, "h", ()).verdict == "consistent"
+
+
+def remove(host: support.Host, store: DirectoryStore, check: bool = False) -> support.Json:
+    said = verify(store, "h", ())
+    return host_side.remove_spool(load(host.config), said.aggregate_digest, said.expired, check)
+
+
+def test_a_spool_goes_when_the_store_has_all_of_it(host: support.Host, store: DirectoryStore) -> None:
+    host.rotate(store)
+    before = both(store, host)
+    assert remove(host, store, check=True) == {"changed": True, "shards": 2}
+    assert both(store, host) == before
+    assert remove(host, store) == {"changed": True, "shards": 2}
+    assert not os.path.exists(host.spool)
+    assert remove(host, store) == {"changed": False, "shards": 0}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_was_exported_meanwhile_keeps_the_spool(tmp_path: Path, store: DirectoryStore, policy: str) -> None:
+    """The timer exports, and under ``local`` trims, after the rotation whose word the removal goes by."""
+    host = support.Host(tmp_path / "h", trim_after=policy)
+    host.grow(9)
+    host.rotate(store)
+    host.grow(3)
+    host_side.save(load(host.config))
+    before = both(store, host)
+    with pytest.raises(SpoolError) as caught:
+        remove(host, store)
+    assert caught.value.reason == "not_delivered"
+    assert both(store, host) == before
+    host.rotate(store)
+    assert remove(host, store)["changed"] is True
+
+
+def test_what_expired_in_the_store_keeps_the_spool_that_still_has_it(host: support.Host, store: DirectoryStore) -> None:
+    host.rotate(store)
+    head = Spool(host.spool).head
+    config = load(host.config)
+    digest_of_head = verify(store, "h", ()).aggregate_digest
+    before = both(store, host)
+    with pytest.raises(SpoolError) as caught:
+        host_side.remove_spool(config, digest_of_head, 1, False)
+    assert caught.value.reason == "not_delivered" and "1 shards have expired" in caught.value.msg
+    assert both(store, host) == before and head is not None and head.sequence == 2
+    Spool(host.spool).prune(Spool(host.spool).entries[0], store.name, "2026-01-01T00:00:00Z")
+    assert host_side.remove_spool(config, digest_of_head, 1, False)["changed"] is True
 
 
 def hold(kernel: str) -> tuple[int, t.Callable[[], None]]:
