@@ -9,9 +9,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import jinja2
 import pytest
+import yaml
+from ansible.plugins.filter.core import FilterModule
 
-TEMPLATES = Path(__file__).resolve().parents[3] / "roles/ima_snapshot/templates"
+ROLE = Path(__file__).resolve().parents[3] / "roles/ima_snapshot"
+TEMPLATES = ROLE / "templates"
 HARDENING = "{% include 'hardening.j2' %}"
 
 
@@ -20,6 +24,18 @@ def settings(name: str) -> list[tuple[str, str]]:
     text = (TEMPLATES / name).read_text(encoding="utf-8")
     text = text.replace(HARDENING, (TEMPLATES / "hardening.j2").read_text(encoding="utf-8"))
     return re.findall(r"^([A-Za-z]+)=(.*)$", text, re.MULTILINE)
+
+
+def rendered(name: str, **given: str) -> str:
+    """The file that the template makes of the role's defaults."""
+    env = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), trim_blocks=True, keep_trailing_newline=True)
+    env.filters.update(FilterModule().filters())
+    env.tests["match"] = lambda text, form: re.match(form, text) is not None
+    values = yaml.safe_load((ROLE / "defaults/main.yml").read_text(encoding="utf-8"))
+    values.update({"ansible_managed": "Ansible managed"}, **given)
+    written = yaml.safe_load((ROLE / "vars/main.yml").read_text(encoding="utf-8"))["__ima_snapshot_written"]
+    values["__ima_snapshot_written"] = env.compile_expression(written[2:-2])(**values)
+    return env.get_template(name).render(values)
 
 
 @pytest.mark.parametrize("name", ["ima-snapshot-export.service.j2", "ima-snapshot-shutdown.service.j2"])
@@ -41,3 +57,11 @@ def test_the_tail_is_exported_before_the_file_systems_go():
     assert ("After", "local-fs.target") in found and ("RemainAfterExit", "true") in found
     (stop,) = (value for key, value in found if key == "ExecStop")
     assert stop.endswith(" export"), "all of it, not only what is due"
+
+
+@pytest.mark.parametrize("name", ["ima-snapshot-export.service.j2", "ima-snapshot-shutdown.service.j2"])
+def test_without_the_directory_of_the_stitched_lists_the_units_start(name):
+    text = rendered(name, ima_snapshot_stitched="/run/ima-snapshot", ima_snapshot_lock="/run/lock/ima/lock")
+    # systemd takes the minus only inside of the quotes; without spool or lock there is nothing to export
+    paths = re.findall(r"^ReadWritePaths=(.*)$", text, re.MULTILINE)
+    assert paths == ['"/var/lib/ima-snapshot"', '"/run/lock/ima"', '"-/run/ima-snapshot"']
