@@ -31,8 +31,12 @@ def recipients_in(directory: str) -> list[str]:
     """Return the certificates below ``directory``, sorted. Raises :class:`ConfigError` ``no_recipients``."""
     found = sorted(name for name in _durable.names(directory) if name.endswith(".pem"))
     if not found:
+        what = "holds no certificate (*.pem) to encrypt shards to"
+        if not os.path.isdir(directory):
+            # By hand it is there, and to the timer it is not.
+            what = "is not a directory that can be seen from here (a unit of systemd may not see /home and /root)"
         raise ConfigError(
-            f"{directory} holds no certificate (*.pem) to encrypt shards to",
+            f"{directory} {what}",
             reason="no_recipients",
             path=directory,
             kept="everything: nothing was exported in the clear instead",

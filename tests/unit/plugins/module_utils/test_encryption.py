@@ -163,6 +163,17 @@ def test_without_a_certificate_nothing_is_exported_in_the_clear(
     assert not [name for name in support.tree(host.spool) if name.endswith((".gz", ".tmp"))]
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("empty", "holds no certificate"), ("gone", "seen from here"), ("file", "seen from here")]
+)
+def test_a_directory_that_is_not_there_is_not_called_an_empty_one(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ImaError, match=said) as caught:
+        _encryption.recipients_in(str(tmp_path / name))
+    assert caught.value.reason == "no_recipients"
+
+
 def test_openssl_that_fails_leaves_the_records_in_the_kernel(
     host: support.Host, store: DirectoryStore, tmp_path: Path
 ) -> None:
