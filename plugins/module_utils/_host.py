@@ -372,6 +372,9 @@ def rotate(config: Config, params: Result, check: bool) -> Result:
         if check:
             return _foreseen(cycle, params, before)
         cycle.spool.recover()
+        if params.get("busy"):
+            # An earlier round of this rotation waited for it already.
+            cycle.busy = KernelError(params["busy"], reason="list_busy")
         acknowledged = _acknowledge(cycle, have)
         trimmed = _trim_what_may_go(cycle, witness=params["export"]) if cycle.spool.head else 0
         more = False

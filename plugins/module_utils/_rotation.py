@@ -207,7 +207,13 @@ class Rotation:
             }
         unfinished = self._store.unfinished(self._host)
         part = {"manifest": unfinished[0], "offset": unfinished[1]} if unfinished else None
-        asked: dict[str, t.Any] = {"have": have, "part": part, "export": export, "nonce": self._nonce}
+        asked: dict[str, t.Any] = {
+            "have": have,
+            "part": part,
+            "export": export,
+            "nonce": self._nonce,
+            "busy": self._busy,
+        }
         if self._options.get("direct"):
             asked.update(direct=True, **_without_urls([order for _manifest, order in self._orders]))
         answer = answer_of(self._call(asked))
@@ -219,7 +225,7 @@ class Rotation:
         self.fault, self.flavour = answer["fault"], answer["flavour"]
         if self.fault:
             self.fault = dict(self.fault, message=printable(self.fault["message"]))
-        self._busy = printable(answer["busy"]) or ("" if answer["trimmed"] else self._busy)
+        self._busy = printable(answer["busy"])
         self._quote = answer["quote"] or self._quote
         self.warnings += [printable(said) for said in answer["warnings_said"]]
         self._wants_verdict = answer["trim_after"] == "verified"

@@ -32,6 +32,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._errors import (
 from ansible_collections.integrity.ima.plugins.module_utils._protocol import load
 from ansible_collections.integrity.ima.plugins.module_utils._rotation import HostFailed, HostUnreachable, answer_of
 from ansible_collections.integrity.ima.plugins.module_utils._schema import CLAIM, canonical, check
+from ansible_collections.integrity.ima.plugins.module_utils._securityfs import Lists
 from ansible_collections.integrity.ima.plugins.module_utils._shard import digest
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
@@ -443,9 +444,12 @@ def test_a_list_that_somebody_holds_open(tmp_path: Path, store: DirectoryStore, 
 @pytest.mark.parametrize(("flavour", "flush"), [("delete_n", False), ("staged", False), ("staged", True)])
 @pytest.mark.parametrize("policy", POLICIES[:3])
 def test_who_holds_the_list_open_keeps_nothing_from_being_saved(
-    tmp_path: Path, store: DirectoryStore, flavour: str, flush: bool, policy: str
+    tmp_path: Path, store: DirectoryStore, flavour: str, flush: bool, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For as long as it goes on, however often: what is not saved is lost with the next reset."""
+    waited: list[bool] = []
+    real = Lists.writer
+    monkeypatch.setattr(Lists, "writer", lambda self, staged=False: waited.append(staged) or real(self, staged=staged))
     host = support.Host(tmp_path / "h", flavour=flavour, trim_after=policy, flush_htable=flush)
     host.grow(20)
     host.rotate(store)
@@ -453,9 +457,11 @@ def test_who_holds_the_list_open_keeps_nothing_from_being_saved(
     try:
         for count in (5, 30, 1):
             host.grow(count)
+            waited.clear()
             with pytest.raises(HostFailed) as caught:
                 host.rotate(store)
-            assert caught.value.reason == "list_busy"
+            assert caught.value.reason == "list_busy" and "held open by" in caught.value.msg
+            assert 1 <= len(waited) <= 2, "not in each round"
             assert b"".join(sealed.raw for sealed in support.take(store)) == host.recorded()
             host.grow(3)
             said = host_side.save(load(host.config))
