@@ -67,6 +67,13 @@ def synced(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+def test_the_spools_own_name_is_durable_before_anything_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever made it (mkdir, a role) may not have seen to that. Once is enough."""
+    host = Host(tmp_path, count=3)
+    assert synced(host, monkeypatch)[0] == ".."
+    assert ".." not in synced(host, monkeypatch)
+
+
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
