@@ -29,6 +29,28 @@ HEADLINE = {
 FAILURES = ("losses", "duplicates")
 # The sums, in the process that prints them; the workers of xdist send theirs with the reports.
 SUMS: dict[str, float] = {}
+# By file of the product: how many statements its functions have, and which lines of them the inputs of test_fuzz reached.
+COVERED: dict[str, tuple[int, set[int]]] = {}
+
+
+@pytest.fixture(scope="session")
+def covered() -> dict[str, tuple[int, set[int]]]:
+    """Return where to put what this process covered."""
+    return COVERED
+
+
+def pytest_sessionfinish(session: t.Any) -> None:
+    """A worker of xdist sends what it covered."""
+    if hasattr(session.config, "workeroutput"):
+        said = {name: [count, sorted(lines)] for name, (count, lines) in COVERED.items()}
+        session.config.workeroutput["covered"] = said
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: t.Any) -> None:
+    """Add what a worker covered."""
+    for name, (count, lines) in getattr(node, "workeroutput", {}).get("covered", {}).items():
+        COVERED[name] = count, COVERED.get(name, (count, set()))[1] | set(lines)
 
 
 @pytest.fixture
@@ -74,4 +96,6 @@ def pytest_terminal_summary(terminalreporter: t.Any, exitstatus: int) -> None:
     terminalreporter.section("crash tests")
     for name, number in sorted(SUMS.items()):
         terminalreporter.write_line(f"{name}: {shown(number)}")
+    for name, (count, lines) in sorted(COVERED.items()):
+        terminalreporter.write_line(f"fuzz coverage of {name}: {len(lines)} of {count} statements in functions")
     terminalreporter.write_line(last_line(SUMS, exitstatus != 0))
