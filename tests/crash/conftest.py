@@ -29,7 +29,7 @@ HEADLINE = {
 FAILURES = ("losses", "duplicates")
 # The sums, in the process that prints them; the workers of xdist send theirs with the reports.
 SUMS: dict[str, float] = {}
-# By file of the product: how many statements its functions have, and which lines of them the inputs of test_fuzz reached.
+# By file of the product: how many statements its functions have, and which of their lines test_fuzz reached.
 COVERED: dict[str, tuple[int, set[int]]] = {}
 
 
