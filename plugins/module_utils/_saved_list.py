@@ -22,7 +22,7 @@ _HEAD = 1 << 18
 class SavedList:
     """The list in an open binary ``file``: its form, and its records as a stream.
 
-    Raises :class:`ListError` with reason ``empty_list`` or ``not_a_list``.
+    Raises :class:`ListError` with reason ``empty_list`` or ``not_a_list``; while it is read, ``malformed_list``.
     """
 
     def __init__(self, file: t.BinaryIO) -> None:
@@ -38,6 +38,13 @@ class SavedList:
 
     def __iter__(self) -> t.Iterator[Record]:
         for record in self._records:
+            if len(record.digest) != self.digest_size:
+                raise ListError(
+                    f"record {record.index} at byte {record.offset}: a template digest of {len(record.digest)} bytes in a "
+                    f"list of {self.digest_size}",
+                    index=record.index,
+                    offset=record.offset,
+                )
             self.templates[record.template] += 1
             yield record
 

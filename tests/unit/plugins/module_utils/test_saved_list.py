@@ -150,6 +150,17 @@ def test_a_kexec_that_lost_the_list_is_a_mismatch() -> None:
     assert details["path"] == str(path) and details["pcrs"]["10"]
 
 
+def test_a_list_of_two_banks_is_none(tmp_path: Path) -> None:
+    rest = b" ima-ng sha1:" + b"0" * 40 + b" /v\n"
+    first = b"10 " + b"1" * 64 + rest
+    (tmp_path / "two").write_bytes(first + b"10 " + b"2" * 40 + rest)
+    with pytest.raises(ListError) as caught:
+        aggregate_saved(str(tmp_path / "two"), None, None, None)
+    assert caught.value.reason == "malformed_list"
+    assert (caught.value.details["index"], caught.value.details["offset"]) == (1, len(first))
+    assert "20 bytes in a list of 32" in caught.value.msg
+
+
 @pytest.mark.parametrize("bank", ["sha1", "sha256", "sha384", "sha512"])
 def test_banks_are_chosen(bank: str) -> None:
     path = str(THREE)
