@@ -40,8 +40,8 @@ class SavedList:
         for record in self._records:
             if len(record.digest) != self.digest_size:
                 raise ListError(
-                    f"record {record.index} at byte {record.offset}: a template digest of {len(record.digest)} bytes in a "
-                    f"list of {self.digest_size}",
+                    f"record {record.index} at byte {record.offset}: a template digest of {len(record.digest)} bytes "
+                    f"in a list of {self.digest_size}",
                     index=record.index,
                     offset=record.offset,
                 )

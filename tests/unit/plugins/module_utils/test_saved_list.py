@@ -152,8 +152,8 @@ def test_a_kexec_that_lost_the_list_is_a_mismatch() -> None:
 
 def test_a_list_of_two_banks_is_none(tmp_path: Path) -> None:
     rest = b" ima-ng sha1:" + b"0" * 40 + b" /v\n"
-    first = b"10 " + b"1" * 64 + rest
-    (tmp_path / "two").write_bytes(first + b"10 " + b"2" * 40 + rest)
+    first = b"10 " + b"0" * 64 + rest
+    (tmp_path / "two").write_bytes(first + b"10 " + b"0" * 40 + rest)
     with pytest.raises(ListError) as caught:
         aggregate_saved(str(tmp_path / "two"), None, None, None)
     assert caught.value.reason == "malformed_list"
