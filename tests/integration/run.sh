@@ -268,7 +268,9 @@ expected_warnings="$expected_warnings|ERROR.*Task failed" play -i localhost, "$h
     -e "work=$work controller_python=$python"
 
 section 'the role: remove leaves evidence, unless told twice'
-play -i "$work/inventory" -e "@$work/role.json" --limit 'stage,export,localhost' "$here/playbooks/remove.yml"
+# ansible-core 2.21 does not say there what the store said
+expected_warnings="$expected_warnings|'failed_when' expression evaluated" \
+    play -i "$work/inventory" -e "@$work/role.json" --limit 'stage,export,localhost' "$here/playbooks/remove.yml"
 
 section 'the role: shards that are encrypted'
 mkdir -m 0755 "$work/sealed-store"
