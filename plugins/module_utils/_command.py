@@ -196,12 +196,9 @@ def _verify(config: Config, _args: argparse.Namespace) -> int:
         cycle = cycle_of(config)
         verdict = Verdict()
         # A first export that failed leaves the boot's directory, and no shard.
-        if (
-            cycle.spool.check()
-            and os.path.isdir(cycle.spool.shards)
-            and any(SpoolStore(cycle.spool).names(config.name))
-        ):
-            verdict = verify(SpoolStore(cycle.spool), config.name, [])
+        store = SpoolStore(cycle.spool)
+        if cycle.spool.check() and os.path.isdir(cycle.spool.shards) and any(store.names(config.name)):
+            verdict = verify(store, config.name, [])
         said = ""
         if verdict.verdict != BROKEN:
             try:
