@@ -136,6 +136,8 @@ class Server:
             except OSError:
                 return
             self.connections += 1
+            # As servers do. An answer that waits for an acknowledgement of TLS's tickets is lost if the server hangs up.
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             script = self._scripts[min(self.connections, len(self._scripts)) - 1]
             try:
                 if self._context is not None:
@@ -647,8 +649,7 @@ def test_an_early_answer_is_heard_through_tls(
         peer.head()
         peer.answer(412)
 
-    # A connection that is reset may take the answer with it; not each time.
-    monkeypatch.setattr(_upload, "ATTEMPTS", 12)
+    monkeypatch.setattr(_upload, "ATTEMPTS", 1)
     with Server(script, context=tls[0]) as server:
         assert refused(server.url("https"), shard).reason == "exists"
     assert len(server.requests[0].body) < LARGE, "the fault was not delivered"
