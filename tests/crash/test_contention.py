@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from ansible_collections.integrity.ima.plugins.module_utils import _host as host
 from ansible_collections.integrity.ima.plugins.module_utils._errors import ImaError
 from ansible_collections.integrity.ima.plugins.module_utils._shard import parse_manifest
 from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
-from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import Host, oracle
+from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import Host, documented_reader, oracle
 
 LONG = os.environ.get("LONG") == "1"
 SECONDS = 30.0 if LONG else 4.0  # for each flavour
@@ -49,7 +48,6 @@ LEAST = 5  # operations of each process, however busy the machine is; it gets PA
 PATIENCE = 60.0
 # Readers that overlap without end would keep everybody else out: flock(2) is not fair.
 PAUSES = {"measure": 0.02, "read": 0.06, "shell": 0.06}
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "PROTOCOL.md"
 
 # Under the shared lock: every shard that a manifest names is whole, each manifest names the one before it, and each
 # shard goes on where the one before it ended. Prints the number of shards.
@@ -262,12 +260,6 @@ def ended(process: Process) -> str:
     out, err = process.child.communicate(timeout=SECONDS * 4 + 2 * PATIENCE)
     assert process.child.returncode == 0, f"{process.role}: {err[-3000:]}"
     return out
-
-
-def documented_reader() -> str:
-    """The shell reader, as it stands in docs/PROTOCOL.md."""
-    (script,) = re.findall(r"```sh\n(#!/bin/sh\n.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    return t.cast(str, script)
 
 
 def prefixes(path: Path, truth: bytes) -> int:

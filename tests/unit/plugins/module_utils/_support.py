@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import typing as t
 from pathlib import Path
 
@@ -24,8 +25,15 @@ from ansible_collections.integrity.ima.plugins.module_utils._spool import Spool
 FLAVOURS = ("export_only", "delete_n", "staged")
 TRIMMING = ("delete_n", "staged")
 CAPTURES = Path(__file__).resolve().parents[3] / "fixtures" / "captures"
+_PROTOCOL = Path(__file__).resolve().parents[4] / "docs" / "PROTOCOL.md"
 
 T = t.TypeVar("T")
+
+
+def documented_reader() -> str:
+    """The shell reader, as it stands in docs/PROTOCOL.md."""
+    (script,) = re.findall(r"```sh\n(#!/bin/sh\n.*?)```", _PROTOCOL.read_text(encoding="utf-8"), re.DOTALL)
+    return t.cast(str, script)
 
 
 class Host:

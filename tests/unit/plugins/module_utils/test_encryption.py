@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import gzip
 import os
-import re
 import shutil
 import subprocess
 import typing as t
@@ -27,8 +26,7 @@ from ansible_collections.integrity.ima.plugins.module_utils._stitch import stitc
 from ansible_collections.integrity.ima.plugins.module_utils._store._directory import DirectoryStore
 from ansible_collections.integrity.ima.plugins.module_utils._verifier import verify
 from ansible_collections.integrity.ima.tests.unit.plugins.module_utils import _store_support as support
-
-PROTOCOL = Path(__file__).resolve().parents[4] / "docs" / "PROTOCOL.md"
+from ansible_collections.integrity.ima.tests.unit.plugins.module_utils._support import documented_reader
 
 
 def recipient(directory: Path, name: str) -> str:
@@ -112,11 +110,10 @@ def test_the_documented_shell_reader_reads_them_and_stops_at_one_that_is_gone(
         host.configure()
     host.grow(20)
     host.rotate(store)
-    (script,) = re.findall(r"```sh\n(#!/bin/sh\n.*?)```", PROTOCOL.read_text(encoding="utf-8"), re.DOTALL)
 
     def read() -> subprocess.CompletedProcess[bytes]:
         environment = dict(os.environ, IMA_SNAPSHOT_CONFIG=host.config)
-        return subprocess.run(["sh", "-c", script], env=environment, capture_output=True, check=False)
+        return subprocess.run(["sh", "-c", documented_reader()], env=environment, capture_output=True, check=False)
 
     whole = read()
     assert (whole.returncode, whole.stdout, whole.stderr) == (0, host.recorded(), b"")

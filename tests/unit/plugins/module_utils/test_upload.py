@@ -136,7 +136,7 @@ class Server:
             except OSError:
                 return
             self.connections += 1
-            # As servers do. An answer that waits for an acknowledgement of TLS's tickets is lost if the server hangs up.
+            # As servers do. An answer that waits until TLS's tickets are acknowledged is lost if the server hangs up.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             script = self._scripts[min(self.connections, len(self._scripts)) - 1]
             try:
