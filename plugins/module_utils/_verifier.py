@@ -218,6 +218,7 @@ class _History:
         self.manifests: dict[int, Manifest] = {}
         self._reported: list[tuple[int, Broken]] = []
         self._points: list[_Point] = []
+        self._enrolled = False
         self._expired = 0  # the sequence up to which there are manifests only
 
     def walk(self) -> None:
@@ -383,6 +384,7 @@ class _History:
     def _quoted(self) -> list[_Point]:
         """Return what the quotes say, each checked wholly. Raises :class:`QuoteError`, :class:`Broken`."""
         identity = self._store.identity(self._host)
+        self._enrolled = identity is not None
         points: list[_Point] = []
         resets: dict[str, int] = {}
         for data in self._store.quotes(self._host):
@@ -432,7 +434,7 @@ class _History:
         the fault to name.
         """
         points = [point for point in self._points if point.sequence >= self._from(newest_boot)]
-        if not points:
+        if not points and not self._enrolled:
             return
         last = len(self._entries)
         for point in points:
@@ -448,7 +450,7 @@ class _History:
             (point for point in points if point.index is not None), key=lambda each: each.sequence, default=None
         )
         if newest is None or newest.sequence < last - 1 or newest.boot_id != self._entries[-1].boot_id:
-            self._verdict.warn("the newest shards are not covered by a quote")
+            self._verdict.warn("this host is enrolled, but its newest shards are not covered by a quote")
         else:
             self._verdict.verdict, self._verdict.attested_to = ATTESTED, newest.index
 

@@ -658,6 +658,20 @@ def test_a_quote_of_the_boot_before_does_not_attest_this_one(quoted: Quoted) -> 
     assert any("not covered" in warning for warning in verdict.warnings)
 
 
+def test_quotes_that_are_gone_are_missed_if_the_host_is_enrolled(quoted: Quoted) -> None:
+    quoted.quote()
+    attested = quoted.judged()
+    assert (attested.verdict, attested.warnings) == ("attested", [])
+    (kept,) = Path(support.base(quoted.store)).glob("*/*.quote.json")
+    kept.unlink()
+    for options in ({}, {"newest_boot": True}):
+        verdict = quoted.judged(**options)
+        assert (verdict.verdict, verdict.quotes) == ("consistent", 0)
+        assert verdict.warnings == ["this host is enrolled, but its newest shards are not covered by a quote"]
+    Path(support.base(quoted.store), "identity.json").unlink()
+    assert quoted.judged().warnings == [], "nobody promised a quote"
+
+
 def test_a_quote_of_the_first_shard_attests_the_newest_boot(quoted: Quoted) -> None:
     """What was never reached in the boot before does not count; the newest boot needs no quote before it."""
     quoted.quote(NEVER)
