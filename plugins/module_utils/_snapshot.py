@@ -632,6 +632,8 @@ class Cycle:
 
     def predict(self) -> tuple[Place, int]:
         """Return our place and the number of records that an export would seal; nothing is written (check mode)."""
+        if self.spool.check():
+            self._require_name()
         with self.tail() as tail:
             return tail.place, sum(1 for _record in tail.records)
 

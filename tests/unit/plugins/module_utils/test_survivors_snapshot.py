@@ -399,6 +399,7 @@ def test_the_spool_of_a_host_that_was_renamed(tmp_path: Path) -> None:
     text = Path(host.conf).read_text(encoding="utf-8")
     Path(host.conf).write_text(text.replace("name = host", "name = another"), encoding="utf-8")
     assert reason_of(host.export).reason == "host_renamed"
+    assert reason_of(lambda: host.locked(lambda cycle: cycle.predict())).reason == "host_renamed", "check mode"
     assert host.files() == files
 
 
