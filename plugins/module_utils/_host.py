@@ -503,7 +503,11 @@ def enroll(config: Config, check: bool) -> Result:
     """Return the host's attestation key, made if it has none. Raises :class:`TpmError`."""
     files = config.lists().files
     if files.emulated or not files.tpm_banks():
-        raise TpmError("This host has no TPM that the kernel uses", reason="no_tpm")
+        raise TpmError(
+            "This host has no TPM that the kernel uses",
+            reason="no_tpm",
+            hint="look for /sys/class/tpm/tpm0 and the firmware's settings; without a TPM do not enroll the host",
+        )
     key = make_key(create=not check)
     if key is None:
         return {"changed": True, "machine_id": files.machine_id(), "ak": "", "ak_name": "", "ek": ""}

@@ -329,7 +329,7 @@ class Lock:
                 f"Cannot open the lock {path}: {error.strerror}",
                 reason="lock_missing",
                 path=path,
-                hint="its directory must exist and belong to the user who runs this",
+                hint="its directory must exist, and its owner must run this: usually root, with become",
             ) from error
         try:
             self._wait()

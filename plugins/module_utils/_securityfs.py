@@ -392,7 +392,8 @@ class Lists:
 
     def _no_list(self) -> KernelError:
         hint = (
-            "check that securityfs is mounted on /sys/kernel/security, that the kernel has IMA, "
+            "check that securityfs is mounted (mount -t securityfs securityfs /sys/kernel/security), that the kernel "
+            "has IMA (CONFIG_IMA=y; a container has none: take it out of the group), "
             "and that the systemd unit, if there is one, does not set ProtectKernelTunables"
         )
         return KernelError(

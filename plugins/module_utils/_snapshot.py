@@ -770,7 +770,8 @@ class Cycle:
                 sequence=sequence,
                 path=self.spool.directory,
                 kept="both",
-                hint="the spool was emptied or restored from a backup: put back what the store has",
+                hint="the spool was emptied or restored from a backup: put back the host's files from the store (their "
+                "names are the same in both); if it was removed on purpose, go on under a new name",
             )
         if self.spool.digest(entries[-1]) != digest:
             raise SpoolError(

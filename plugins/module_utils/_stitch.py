@@ -38,7 +38,7 @@ def _no_shard(host: str, boot_id: str) -> StoreError:
     return StoreError(
         f"The store has no shard of {host}" + (f" from boot {boot_id}" if boot_id else ""),
         reason="no_shard",
-        hint="the boots are the directories below the host's in the store",
+        hint="the hosts are the directories below 'hosts' in the store, the boots those below the host's",
     )
 
 

@@ -178,6 +178,9 @@ def verify(
         if fault.reason in _UNREAD:
             raise
         verdict.broken(fault)
+        if fault.reason == "no_shard" and claims and claims[-1].said["status"] == "missing":
+            said = claims[-1].said
+            verdict.message += printable(f": at rotation {claims[-1].run} it gave none ({said['reason']})")
     except OSError as error:
         verdict.broken(Broken(f"a file of this host cannot be read: {error.strerror}", reason="unreadable"))
     _seen(verdict, claims, now)
@@ -651,9 +654,8 @@ def _compare(history: _History, claims: t.Sequence[Claim], verdict: Verdict) -> 
             )
         if history.digests[said["sequence"]] != said["aggregate_digest"]:
             raise Broken(
-                f"at rotation {claim.run} shard {said['sequence']} had the aggregate digest "
-                f"{said['aggregate_digest']}, "
-                f"now it is {history.digests[said['sequence']]}: the past was rewritten",
+                f"the manifest of shard {said['sequence']} is not the one that rotation {claim.run} saw: it was edited "
+                f"(SHA-256 {said['aggregate_digest']} then, {history.digests[said['sequence']]} now)",
                 reason="edited_manifest",
                 **where,
             )

@@ -285,6 +285,23 @@ for name in rotate prune schedule remove; do
     grep -q 'No host of the inventory matches nobody' "$work/nobody" || { cat "$work/nobody" && exit 1; }
 done
 
+section 'the playbooks: nor is it all well if a limit leaves nothing to do'
+for name in rotate prune schedule remove; do
+    if ansible-playbook -i "$work/inventory" "integrity.ima.$name" -e "@$work/role.json" -e ima_snapshot_target=delete \
+        --limit stage > "$work/nobody" 2>&1; then
+        echo "error: $name did nothing within a limit, and says that all is well" >&2 && exit 1
+    fi
+    grep -q 'The limit leaves no host that matches delete' "$work/nobody" || { cat "$work/nobody" && exit 1; }
+done
+if ansible-playbook -i "$work/inventory" integrity.ima.verify -e "@$work/role.json" --limit stage > "$work/nobody" 2>&1; then
+    echo 'error: a limited verification verified nothing, and says that all is well' >&2 && exit 1
+fi
+grep -q 'Nothing was verified: --limit leaves out localhost' "$work/nobody" || { cat "$work/nobody" && exit 1; }
+if ! ansible-playbook -i "$work/inventory" integrity.ima.verify -e "@$work/role.json" -e '{"ima_snapshot_hosts": ["stage"]}' \
+    --limit stage,localhost > "$work/nobody" 2>&1; then
+    cat "$work/nobody" && exit 1
+fi
+
 section 'each module: check, check with diff, run, run again'
 play -i localhost, -c local "$here/playbooks/modules.yml" -e "work=$work captures=$captures ansible_python_interpreter=$managed"
 

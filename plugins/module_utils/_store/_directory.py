@@ -45,10 +45,12 @@ class DirectoryObjects(Objects):
         self.name = f"directory:{directory}"
         if not os.path.isabs(directory) or not os.path.isdir(directory):
             raise StoreError(
-                f"The store {directory} is not a directory with an absolute path",
+                f"There is no store {directory}"
+                if os.path.isabs(directory)
+                else f"The store {directory} is not an absolute path",
                 reason="store_missing",
                 path=directory,
-                hint="create it, with room for every host's shards, and name it by its whole path",
+                hint="look whether it is mounted, and at its spelling; create the directory only if the store is new",
             )
         require_store(self, directory, self._is_empty)
 

@@ -96,7 +96,9 @@ class SftpObjects(Objects):
             names = self._connection().listdir(self._root or "/")
         except FileNotFoundError:
             raise StoreError(
-                f"{self.name} does not exist", reason="store_missing", hint="create the directory on the server"
+                f"{self.name} does not exist",
+                reason="store_missing",
+                hint="look at its spelling; create the directory only if the store is new",
             ) from None
         return all(name.startswith(".") for name in names)
 

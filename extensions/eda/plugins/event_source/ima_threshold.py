@@ -150,6 +150,8 @@ async def ask(given: Options, host: str) -> Status:
         words = [*given.ssh, "-o", "BatchMode=yes", "-T", "--", host, quoted]
     code, data = await _run(words, given.timeout)
     if code:
+        if code == 255 and host != "local":
+            raise Unanswered("ssh ended with exit code 255: it could not connect, or log in")
         raise Unanswered(f"the command ended with exit code {code}")
     return checked(data)
 
