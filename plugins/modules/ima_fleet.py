@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: ima_fleet
-short_description: Write the fleet's aggregate digests of a rotation into the store
+short_description: Write the fleet document of a rotation, what each host claimed, into the store
 version_added: 0.1.0
 author:
   - The integrity.ima authors (@integrity-ima)
