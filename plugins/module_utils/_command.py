@@ -37,7 +37,10 @@ Source = t.Callable[[int], bytes]
 
 def main(argv: t.Sequence[str] | None = None, config: str = CONFIG) -> int:
     """Run the command; return its exit code. ``config``: the default of ``--config``."""
-    args = _parser(config).parse_args(argv)
+    parser = _parser(config)
+    args = parser.parse_args(argv)
+    if args.act is _read and not args.ascii and sys.stdout.isatty():
+        parser.error("the list is binary: send it into a file or a program, or read it with --ascii")
     act: t.Callable[[Config, argparse.Namespace], int] = args.act
     try:
         code = act(load(args.config), args)

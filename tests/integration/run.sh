@@ -278,7 +278,7 @@ mkdir -m 0755 "$work/sealed-store"
 expected_warnings="$expected_warnings|ERROR.*Task failed" play -i "$work/inventory" "$here/playbooks/encrypted.yml"
 
 section 'the playbooks: a target that no host matches is an error'
-for name in rotate prune schedule remove; do
+for name in rotate prune enroll schedule remove; do
     if ansible-playbook -i "$work/inventory" "integrity.ima.$name" -e "@$work/role.json" -e ima_snapshot_target=nobody > "$work/nobody" 2>&1; then
         echo "error: $name did nothing, and says that all is well" >&2 && exit 1
     fi
@@ -286,13 +286,18 @@ for name in rotate prune schedule remove; do
 done
 
 section 'the playbooks: nor is it all well if a limit leaves nothing to do'
-for name in rotate prune schedule remove; do
+for name in rotate prune enroll schedule remove; do
     if ansible-playbook -i "$work/inventory" "integrity.ima.$name" -e "@$work/role.json" -e ima_snapshot_target=delete \
         --limit stage > "$work/nobody" 2>&1; then
         echo "error: $name did nothing within a limit, and says that all is well" >&2 && exit 1
     fi
     grep -q 'The limit leaves no host that matches delete' "$work/nobody" || { cat "$work/nobody" && exit 1; }
 done
+if ansible-playbook -i "$work/inventory" integrity.ima.remove -e "@$work/role.json" -e ima_snapshot_remove_evidence=true \
+    -e ima_snapshot_remove_confirm=stage > "$work/nobody" 2>&1; then
+    echo 'error: remove takes evidence from several hosts' >&2 && exit 1
+fi
+grep -q 'is for one host, and 3 match. Nothing was removed' "$work/nobody" || { cat "$work/nobody" && exit 1; }
 if ansible-playbook -i "$work/inventory" integrity.ima.verify -e "@$work/role.json" --limit stage > "$work/nobody" 2>&1; then
     echo 'error: a limited verification verified nothing, and says that all is well' >&2 && exit 1
 fi

@@ -329,6 +329,16 @@ def test_read_gives_what_the_kernel_would_give_if_nothing_had_been_trimmed(tmp_p
     assert run(host, "read", "--ascii").raw == ascii_of(host.truth())
 
 
+def test_read_writes_nothing_binary_to_a_terminal(tmp_path, capsys, monkeypatch):
+    host = Host(tmp_path, count=3)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with pytest.raises(SystemExit) as ended:
+        _command.main(["--config", host.conf, "read"])
+    assert ended.value.code == _command.USAGE
+    said = capsys.readouterr()
+    assert said.out == "" and "--ascii" in said.err
+
+
 def test_read_follows_the_list_over_a_kexec_and_gives_earlier_boots(tmp_path, run):
     host = Host(tmp_path, count=9)
     first = host.config().lists().files.boot_id()
