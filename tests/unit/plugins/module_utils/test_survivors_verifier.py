@@ -110,6 +110,18 @@ def test_what_is_not_known_is_empty(store: DirectoryStore, monkeypatch: pytest.M
     }  # fmt: skip
 
 
+def test_a_host_that_never_answered_says_why(store: DirectoryStore) -> None:
+    missing = {"status": "missing", "reason": "no_measurement_list", "message": "x"}
+    plain = "The store has no shard of nobody"
+    claims = [Claim("1", TIMES[0], dict(missing, reason="unreachable")), Claim("2", TIMES[1], missing)]
+    assert verify(store, "nobody", claims).message == f"{plain}: at rotation 2 it gave none (no_measurement_list)"
+    gone = [Claim("1", TIMES[0], missing), Claim("2", TIMES[1], {"status": "present"})]
+    assert verify(store, "nobody", gone).message == plain, "what it once had is gone: no word of an earlier failure"
+    os.unlink(support.paths(store, support.take(store)[1])[0])
+    verdict = verify(store, "h", [Claim("9", TIMES[2], missing)])
+    assert verdict.reason == "missing_shard" and "gave none" not in verdict.message
+
+
 def test_a_fault_without_a_reason_of_its_own_is_broken() -> None:
     verdict = Verdict()
     verdict.broken(Broken("x"))
