@@ -436,9 +436,9 @@ class _History:
         After :meth:`reported`: where records are known to be lost, no list reaches what the TPM signs, and the loss is
         the fault to name.
         """
-        points = [point for point in self._points if point.sequence >= self._from(newest_boot)]
-        if not points and not self._enrolled:
+        if not self._enrolled:
             return
+        points = [point for point in self._points if point.sequence >= self._from(newest_boot)]
         last = len(self._entries)
         for point in points:
             # A quote is reached in the shard that it follows or in the next ones: they may have expired.
