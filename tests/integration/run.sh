@@ -293,6 +293,10 @@ for name in rotate prune enroll schedule remove; do
     fi
     grep -q 'The limit leaves no host that matches delete' "$work/nobody" || { cat "$work/nobody" && exit 1; }
 done
+if ansible-playbook -i "$work/inventory" integrity.ima.remove --limit stage > "$work/nobody" 2>&1; then
+    echo 'error: remove without a target did nothing within a limit, and says that all is well' >&2 && exit 1
+fi
+grep -q 'ima_snapshot_target, which must be given' "$work/nobody" || { cat "$work/nobody" && exit 1; }
 if ansible-playbook -i "$work/inventory" integrity.ima.remove -e "@$work/role.json" -e ima_snapshot_remove_evidence=true \
     -e ima_snapshot_remove_confirm=stage > "$work/nobody" 2>&1; then
     echo 'error: remove takes evidence from several hosts' >&2 && exit 1
